@@ -1,7 +1,7 @@
 """VL-Mamba: vision-language models whose language model is a Mamba.
 
-Importing the package costs nothing: names load on first use. The first use of a model name also registers
-the transformers Auto classes (`AutoConfig`, `AutoProcessor`, `AutoModelForImageTextToText`).
+Importing the package costs nothing: names load on first use. After `import vlmamba`, transformers' Auto classes
+(`AutoConfig`, `AutoProcessor`, `AutoModelForImageTextToText`) know VL-Mamba checkpoints.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from vlmamba.models.registration import install as _register_with_transformers
+
 __version__ = "0.1.0"
 
 _HOME = {
     "VLMambaConfig": "vlmamba.models",
     "VLMambaForConditionalGeneration": "vlmamba.models",
     "VLMambaProcessor": "vlmamba.models",
-    "MambaForCausalLM": "vlmamba.models",
+    "VLMambaForCausalLM": "vlmamba.models",
     "MambaState": "vlmamba.models",
 }
 __all__ = ["__version__", *_HOME]
@@ -29,3 +31,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+_register_with_transformers()

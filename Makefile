@@ -1,0 +1,39 @@
+# demo, test, test-newest, test-gpu, lint, bench, nano. Every target installs what it needs into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+IMAGE ?= docs/demo.png
+QUESTION ?= What is on the left of the cat?
+
+demo: $(VENV)/demo.done
+	$(BIN)/vlmamba ask $(IMAGE) "$(QUESTION)"
+
+test: $(VENV)/dev.done
+	$(BIN)/python -m pytest -q
+
+# The same models and processors against the newest transformers 5.
+test-newest: $(VENV)/dev.done
+	$(PYTHON) -m venv --system-site-packages $(VENV)-newest
+	$(VENV)-newest/bin/pip install -q "transformers<6"
+
+test-gpu:
+	$(PYTHON) -m pytest -q -m gpu
+
+lint: $(VENV)/dev.done
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench:
+	$(PYTHON) -m benchmarks
+
+# torch first and by itself, so that a CPU build at hand is taken where there is one.
+$(VENV)/demo.done: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/dev.done: $(VENV)/demo.done
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev,train,lora]"
+	touch $@
+
+.PHONY: demo test test-newest test-gpu lint bench

@@ -1,0 +1,21 @@
+"""The models; names load on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "VLMambaConfig": "config",
+    "VLMambaForCausalLM": "mamba",
+    "MambaState": "state",
+    "VLMambaForConditionalGeneration": "vlm",
+    "VLMambaProcessor": "processor",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vlmamba.models' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"vlmamba.models.{_HOME[name]}"), name)

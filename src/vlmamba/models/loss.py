@@ -1,0 +1,52 @@
+"""Next-token cross-entropy that never holds the logits of a whole batch.
+
+Shapes: B batch, L length, d width, T supervised positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+_CHUNK = 4096  # positions whose logits exist at one time: 0.8 GB in float32 at a vocabulary of 50,280
+
+
+def next_token_loss(
+    lm_head: nn.Module,
+    hidden_BLd: Tensor,
+    labels_BL: Tensor,
+    seq_idx_BL: Tensor | None = None,
+    num_items: Tensor | int | None = None,
+    num_tokens: int | None = None,
+) -> Tensor:
+    """Mean over the supervised positions of -log p(label), float32 scalar.
+
+    Position t predicts the label at t + 1, never across a boundary of `seq_idx_BL`. Only positions with a label are
+    projected to the vocabulary, in chunks whose logits are recomputed in the backward pass.
+
+    Args:
+        num_items: divides the sum instead of the number of labels here, so that accumulated or distributed batches
+            weigh every token alike.
+        num_tokens: rows of the head that stand for a token; padded rows above take no probability.
+    """
+    targets = F.pad(labels_BL[:, 1:], (0, 1), value=-100)
+    if seq_idx_BL is not None:
+        crosses = F.pad(seq_idx_BL[:, 1:] != seq_idx_BL[:, :-1], (0, 1), value=True)
+        targets = targets.masked_fill(crosses, -100)
+    chosen = targets != -100
+    hidden_Td, targets_T = hidden_BLd[chosen], targets[chosen]
+
+    def chunk_loss(hidden: Tensor, target: Tensor) -> Tensor:
+        logits = lm_head(hidden)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits[:, :num_tokens].to(wide), target, reduction="sum")
+
+    if len(targets_T) <= _CHUNK:
+        total = chunk_loss(hidden_Td, targets_T)
+    else:
+        total = hidden_BLd.new_zeros((), dtype=torch.promote_types(hidden_BLd.dtype, torch.float32))
+        for hidden, target in zip(hidden_Td.split(_CHUNK), targets_T.split(_CHUNK), strict=True):
+            total = total + checkpoint(chunk_loss, hidden, target, use_reentrant=False)
+    return total / (num_items if num_items is not None else max(len(targets_T), 1))

@@ -1,0 +1,50 @@
+"""Padded batches, exactly: valid tokens are moved to the front of their row, and put back after the last layer.
+
+The recurrences know padding only at the end of a row (a negative `seq_idx`), where it changes nothing. Moving tokens
+once per forward pass makes left, right and interior padding, with or without a state to continue from, the same case.
+
+Shapes: B batch, L length, d width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """order (B, L): which position each place of the compacted row takes, None if padding is at the end already;
+    seq_idx (B, L) int32: the sequence of each compacted place, -1 for padding."""
+
+    order: Tensor | None
+    seq_idx: Tensor
+
+    @classmethod
+    def of(cls, attention_mask: Tensor | None, seq_idx: Tensor | None, shape: torch.Size) -> Compaction | None:
+        """The compaction for a mask (B, L) of 0 and 1; None when nothing is padded."""
+        if attention_mask is None:
+            return None
+        if attention_mask.shape != shape:
+            raise ValueError(
+                f"attention_mask is {tuple(attention_mask.shape)}, the tokens are {tuple(shape)}; when continuing "
+                "from a state, give the mask of the new tokens only"
+            )
+        valid = attention_mask != 0
+        if bool(valid.all()):
+            return None
+        at_end = bool((valid[:, :-1] >= valid[:, 1:]).all())
+        order = None if at_end else torch.argsort(valid.logical_not(), dim=1, stable=True)
+        sequence = torch.zeros(shape, dtype=torch.int32, device=valid.device) if seq_idx is None else seq_idx
+        sequence = sequence.masked_fill(~valid, -1)
+        return cls(order, sequence if order is None else sequence.gather(1, order))
+
+    def to_front(self, x_BLd: Tensor) -> Tensor:
+        return x_BLd if self.order is None else x_BLd.gather(1, self.order[..., None].expand_as(x_BLd))
+
+    def restore(self, x_BLd: Tensor) -> Tensor:
+        if self.order is None:
+            return x_BLd
+        return torch.empty_like(x_BLd).scatter(1, self.order[..., None].expand_as(x_BLd), x_BLd)

@@ -1,0 +1,185 @@
+"""VL-Mamba: vision encoder, connector, Mamba language model (arXiv 2403.13600, figure 1).
+
+Shapes: B batch, L length, I images of the whole batch in reading order, P visual tokens of an image, d model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers import initialization as init
+
+from vlmamba.models.config import VLMambaConfig
+from vlmamba.models.connector import VSS, Connector, OrderLinear
+from vlmamba.models.mamba import MambaOutput, VLMambaForCausalLM, VLMambaPreTrainedModel, continue_inputs
+from vlmamba.models.state import MambaState
+from vlmamba.models.vision import build_vision_tower
+
+
+class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
+    """Answers in text to images and text. `from_parts` composes one from pre-trained parts."""
+
+    config_class = VLMambaConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    _no_split_modules = ("MambaBlock", "CLIPEncoderLayer", "SiglipEncoderLayer", "VSS")
+    _tied_weights_keys = {"language_model.lm_head.weight": "language_model.backbone.embeddings.weight"}  # noqa: RUF012
+    _supports_sdpa = True
+
+    def __init__(self, config: VLMambaConfig):
+        super().__init__(config)
+        self.vision_tower = build_vision_tower(config.vision_config, config.vision_layer, config.vision_cls)
+        self.connector = Connector(config)
+        self.language_model = VLMambaForCausalLM(config.text_config)
+        self.post_init()
+
+    @classmethod
+    def from_parts(cls, vision: str, language: str, **options: Any) -> VLMambaForConditionalGeneration:
+        """A model of pre-trained parts and a new connector; see `vlmamba.models.weights.compose`."""
+        from vlmamba.models.weights import compose
+
+        return compose(vision, language, **options)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_input_embeddings(new_embeddings)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.lm_head
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, VSS):
+            init_vss(module)
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Images (I, 3, H, W), normalised by the processor, to tokens (I, P, d) of the language model."""
+        if pixel_values.ndim != 4:
+            raise ValueError(f"pixel_values must be (images, 3, height, width), got {tuple(pixel_values.shape)}")
+        tower = self.vision_tower
+        frozen = not any(p.requires_grad for p in tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            patches, grid = tower(pixel_values.to(tower.dtype))
+        return self.connector(patches, grid)
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+        """Token embeddings (B, L, d) with the images' tokens in place of their placeholders."""
+        is_image = input_ids == self.config.image_token_id
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        expected = int(is_image.sum())
+        if pixel_values is None:
+            if expected:
+                raise ValueError(f"the text holds {expected} image placeholders, but no pixel_values were given")
+            return embeds
+        features = self.get_image_features(pixel_values)
+        if features.shape[0] * features.shape[1] != expected:
+            raise ValueError(
+                f"the text holds {expected} image placeholders, the {features.shape[0]} images give "
+                f"{features.shape[0] * features.shape[1]} visual tokens ({features.shape[1]} each)"
+            )
+        return embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: MambaState | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        seq_idx: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> MambaOutput:
+        """As `VLMambaForCausalLM.forward`, with images.
+
+        Args:
+            input_ids: (B, L); every image stands as P copies of `config.image_token_id`.
+            pixel_values: (I, 3, H, W), the images of the whole batch in reading order.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("give either input_ids or inputs_embeds")
+            inputs_embeds = self.embed(input_ids, pixel_values)
+        elif pixel_values is not None:
+            raise ValueError("give images either as pixel_values with input_ids, or inside inputs_embeds")
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            cache_params=cache_params,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            seq_idx=seq_idx,
+            num_items_in_batch=num_items_in_batch,
+            num_tokens=self.config.num_text_tokens,
+            output_hidden_states=output_hidden_states,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache_params: MambaState | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cache_params=cache_params,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if is_first_iteration or not use_cache:
+            model_inputs["pixel_values"] = pixel_values
+        return continue_inputs(model_inputs, bool(is_first_iteration))
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Copies each prompt `expand_size` times, all its images together, and the state it continues from."""
+        state = model_kwargs.get("cache_params")
+        if expand_size > 1 and pixel_values is not None and input_ids is not None:
+            placeholders = (input_ids == self.config.image_token_id).sum(1)
+            images = (placeholders * len(pixel_values) // placeholders.sum().clamp(min=1)).tolist()
+            pixel_values = torch.cat([own.repeat(expand_size, 1, 1, 1) for own in pixel_values.split(images)])
+        if expand_size > 1 and state is not None and state.slots is not None:
+            slots = torch.arange(state.slots).repeat_interleave(expand_size)
+            model_kwargs["cache_params"] = state.gather(slots)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | ({} if pixel_values is None else {"pixel_values": pixel_values})
+
+
+def init_vss(vss: VSS) -> None:
+    """Mamba-1's initialisation for the parameters that the VSS holds itself."""
+    bound = vss.conv_width**-0.5
+    init.uniform_(vss.conv_weight, -bound, bound)
+    init.zeros_(vss.conv_bias)
+    for projection, features_in in ((vss.x_proj, vss.channels), (vss.dt_proj, vss.rank)):
+        if isinstance(projection, OrderLinear):
+            init.uniform_(projection.weight, -(features_in**-0.5), features_in**-0.5)
+    init.uniform_(vss.dt_proj.weight, -(vss.rank**-0.5), vss.rank**-0.5)

@@ -1,0 +1,288 @@
+"""Weights from elsewhere: original mamba_ssm and transformers checkpoints, and the composition of a VL-Mamba from parts.
+
+Three namings of one model:
+
+    original (mamba_ssm)      backbone.embedding.weight    mixer.A_log      mixer.D      mixer.dt_proj.bias
+    transformers, and saved   backbone.embeddings.weight   mixer.A_log      mixer.D      mixer.dt_proj.bias
+    ours at run time          backbone.embeddings.weight   mixer.ssm.A_log  mixer.ssm.D  mixer.ssm.dt_bias
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, MambaConfig
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from vlmamba.models.config import VLMambaConfig
+from vlmamba.models.mamba import VLMambaForCausalLM
+
+if TYPE_CHECKING:
+    from vlmamba.models.vlm import VLMambaForConditionalGeneration
+
+_SAVED_TO_RUNTIME = {
+    "mixer.A_log": "mixer.ssm.A_log",
+    "mixer.D": "mixer.ssm.D",
+    "mixer.dt_proj.bias": "mixer.ssm.dt_bias",
+}
+# The converted state-spaces models on the Hub do not say that their last three rows are padding.
+_NEOX_TOKENS, _NEOX_ROWS = 50277, 50280
+_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def register_names() -> None:
+    """Teaches transformers' loading and saving our run-time names (both directions)."""
+    for model in ("VLMambaForCausalLM", "VLMambaBackbone"):
+        register_checkpoint_conversion_mapping(
+            model, [WeightRenaming(saved, runtime) for saved, runtime in _SAVED_TO_RUNTIME.items()], overwrite=True
+        )
+
+
+def to_runtime(name: str) -> str:
+    """Our run-time name of a saved tensor, original or transformers'."""
+    name = name.replace("backbone.embedding.", "backbone.embeddings.")
+    for saved, runtime in _SAVED_TO_RUNTIME.items():
+        if name.endswith(saved):
+            return name.removesuffix(saved) + runtime
+    return name
+
+
+def to_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A language model's run-time state dict under mamba_ssm's names."""
+    out = {}
+    for name, tensor in state_dict.items():
+        for saved, runtime in _SAVED_TO_RUNTIME.items():
+            if name.endswith(runtime):
+                name = name.removesuffix(runtime) + saved
+        out[name.replace("backbone.embeddings.", "backbone.embedding.")] = tensor
+    return out
+
+
+def original_config(config: MambaConfig, num_tokens: int | None = None) -> dict[str, Any]:
+    """The config.json that mamba_ssm reads for this language model."""
+    return {
+        "d_model": config.hidden_size,
+        "n_layer": config.num_hidden_layers,
+        "vocab_size": num_tokens or config.vocab_size,
+        "pad_vocab_size_multiple": 8 if num_tokens else 1,
+        "ssm_cfg": {
+            "d_state": config.state_size,
+            "d_conv": config.conv_kernel,
+            "expand": config.expand,
+            "dt_rank": config.time_step_rank,
+        },
+        "rms_norm": True,
+        "residual_in_fp32": config.residual_in_fp32,
+        "fused_add_norm": True,
+        "tie_embeddings": config.tie_word_embeddings,
+    }
+
+
+def language_config(raw: Mapping[str, Any], where: str) -> tuple[MambaConfig, int | None]:
+    """A `MambaConfig` from a config.json of either kind, and the number of tokens if the file tells it.
+
+    Raises:
+        ValueError: for anything that is not a Mamba-1 with RMS norm.
+    """
+    if raw.get("model_type") == "mamba":
+        config = MambaConfig(**{k: v for k, v in raw.items() if k != "model_type"})
+        return config, _NEOX_TOKENS if config.vocab_size == _NEOX_ROWS else None
+    if "model_type" in raw or "d_model" not in raw:
+        raise ValueError(f"{where}: expected the config.json of a Mamba-1, got model_type {raw.get('model_type')!r}")
+    ssm = dict(raw.get("ssm_cfg") or {})
+    if ssm.pop("layer", "Mamba1") != "Mamba1" or raw.get("attn_layer_idx") or raw.get("d_intermediate"):
+        raise ValueError(f"{where}: only Mamba-1 without attention or MLP layers can be read, got {dict(raw)}")
+    if not raw.get("rms_norm", True):
+        raise ValueError(f"{where}: rms_norm is false; only RMS-norm models can be read")
+    names = {"d_state": "state_size", "d_conv": "conv_kernel", "expand": "expand", "dt_rank": "time_step_rank"}
+    unknown = set(ssm) - set(names)
+    if unknown:
+        raise ValueError(f"{where}: unknown ssm_cfg keys {sorted(unknown)}; known are {sorted(names)}")
+    tokens = raw["vocab_size"]
+    multiple = raw.get("pad_vocab_size_multiple", 8)
+    config = MambaConfig(
+        hidden_size=raw["d_model"],
+        num_hidden_layers=raw["n_layer"],
+        vocab_size=-(-tokens // multiple) * multiple,
+        residual_in_fp32=raw.get("residual_in_fp32", True),
+        tie_word_embeddings=raw.get("tie_embeddings", True),
+        **{names[key]: value for key, value in ssm.items()},
+    )
+    return config, tokens
+
+
+def fetch(source: str | Path, *, files: Iterable[str] = ()) -> Path:
+    """The local folder of a checkpoint: `source` itself, or a download of the Hub repository of that name."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    text = str(source)
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise ValueError(f"{text!r} is neither a folder here nor a Hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = [*files, "*.json", "*.txt", "*.safetensors", "pytorch_model*.bin"]
+    try:
+        return Path(snapshot_download(text, allow_patterns=patterns))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"{text!r} is not a folder here and could not be downloaded from the Hub "
+            f"({type(error).__name__}); check the spelling and the network"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} holds no config.json, so it is not a checkpoint") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint folder; safetensors preferred, pickles only as plain tensors (no code)."""
+    found = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise ValueError(f"{folder} holds no weights; expected one of {', '.join(_FILES)}")
+    if found.suffix == ".json":
+        shards = sorted(set(json.loads(found.read_text())["weight_map"].values()))
+        missing = [name for name in shards if Path(name).name != name or not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{found} names shards that are not there: {missing}")
+        paths = [folder / name for name in shards]
+    else:
+        paths = [found]
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        tensors.update(_read_file(path))
+    return tensors
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} was refused: it is damaged, or holds more than plain tensors (code, perhaps). "
+            "Convert it to safetensors where you trust it"
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise ValueError(f"{path} is not a table of tensors")
+    return content
+
+
+def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copies `tensors` into `model`; tied copies may be absent, everything else must match.
+
+    Raises:
+        ValueError: names every missing, surplus and mis-shaped tensor.
+    """
+    own = model.state_dict()
+    tied = set(getattr(model, "_tied_weights_keys", None) or {}) if _is_tied(model) else set()
+    problems = [f"missing {name} {tuple(own[name].shape)}" for name in own if name not in tensors and name not in tied]
+    problems += [f"surplus {name} {tuple(tensors[name].shape)}" for name in tensors if name not in own]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ValueError(f"{where} does not fit the model: {shown}")
+    model.load_state_dict(dict(tensors), strict=False)
+
+
+def _is_tied(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
+def load_language(source: str | Path, dtype: torch.dtype | None = None) -> tuple[VLMambaForCausalLM, int | None]:
+    """A Mamba language model from a folder or Hub id, original or transformers' names; and its number of tokens.
+
+    Raises:
+        ValueError: not a Mamba-1 checkpoint, or a tensor missing, surplus or mis-shaped.
+    """
+    folder = fetch(source)
+    config, tokens = language_config(read_config(folder), str(source))
+    tensors = {to_runtime(name): tensor for name, tensor in read_tensors(folder).items()}
+    model = VLMambaForCausalLM(config)
+    load_strictly(model, tensors, str(source))
+    model.tie_weights()
+    return (model if dtype is None else model.to(dtype)), tokens
+
+
+def load_vision(source: str | Path, layer: int, cls: bool) -> nn.Module:
+    """A vision tower with the weights of a CLIP or SigLIP checkpoint (folder or Hub id)."""
+    from vlmamba.models.vision import build_vision_tower
+
+    folder = fetch(source)
+    config = AutoConfig.from_pretrained(folder)
+    tower = build_vision_tower(getattr(config, "vision_config", config), layer, cls)
+    expected = tower.state_dict()
+    prefix = next(iter(expected)).split("vision_model.")[0] if "vision_model." in next(iter(expected)) else ""
+    tensors = {}
+    for name, tensor in read_tensors(folder).items():
+        name = prefix + name if name.startswith("vision_model.") else name
+        if name.startswith(prefix + "vision_model.") and not name.endswith("position_ids"):
+            tensors[name] = tensor
+    # Blocks behind the chosen layer (and the pooling head) are not built, so their tensors are not wanted.
+    load_strictly(tower, {n: t for n, t in tensors.items() if n in expected or not tower.skips(n)}, str(source))
+    return tower
+
+
+def compose(
+    vision: str | Path,
+    language: str | Path,
+    *,
+    connector: str = "vss-l2",
+    scan: str = "bsm",
+    scan_weights: str = "shared",
+    vision_layer: int = -2,
+    vision_cls: bool = False,
+    image_token_id: int | None = None,
+    num_text_tokens: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> VLMambaForConditionalGeneration:
+    """A VL-Mamba of a pre-trained vision encoder, a pre-trained Mamba and a randomly initialised connector.
+
+    Args:
+        vision, language: a folder or a Hub id each.
+        image_token_id: the placeholder's id; default: the first id above the tokens of the language model. It needs
+            no row in the embedding.
+        num_text_tokens: tokens that may be generated; default: what the language model's files tell, else all rows.
+        dtype: of the whole model (A_log, D and dt bias stay float32); default float32.
+    """
+    from vlmamba.models.vlm import VLMambaForConditionalGeneration
+
+    language_model, tokens = load_language(language)
+    tower = load_vision(vision, vision_layer, vision_cls)
+    tokens = num_text_tokens or tokens or language_model.config.vocab_size
+    config = VLMambaConfig(
+        vision_config=tower.config,
+        text_config=language_model.config,
+        connector=connector,
+        scan=scan,
+        scan_weights=scan_weights,
+        vision_layer=vision_layer,
+        vision_cls=vision_cls,
+        image_token_id=tokens if image_token_id is None else image_token_id,
+        num_text_tokens=tokens,
+    )
+    model = VLMambaForConditionalGeneration(config)
+    model.vision_tower = tower
+    model.language_model = language_model
+    return model if dtype is None else model.to(dtype)
