@@ -13,16 +13,8 @@ from vlmamba.models.weights import to_runtime
 
 
 def tiny_config(**options) -> MambaConfig:
-    defaults = dict(
-        vocab_size=67,
-        hidden_size=24,
-        num_hidden_layers=3,
-        state_size=8,
-        time_step_rank=5,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    return MambaConfig(**(defaults | options))
+    sizes = {"vocab_size": 67, "hidden_size": 24, "num_hidden_layers": 3, "state_size": 8, "time_step_rank": 5}
+    return MambaConfig(pad_token_id=0, eos_token_id=1, **(sizes | options))
 
 
 @pytest.fixture
@@ -211,7 +203,7 @@ def test_generate_continues_from_a_state(model):
 def test_beams_equal_transformers(pair):
     theirs, ours = pair
     ids = tokens(2, 6)
-    options = dict(max_new_tokens=7, num_beams=3, do_sample=False, num_return_sequences=2, eos_token_id=1)
+    options = {"max_new_tokens": 7, "num_beams": 3, "do_sample": False, "num_return_sequences": 2, "eos_token_id": 1}
     assert ours.generate(ids, **options).tolist() == theirs.generate(ids, **options).tolist()
 
 

@@ -18,9 +18,10 @@ SCAN_WEIGHTS = ("shared", "per-order")
 
 # Keys that transformers itself writes to or reads from a config.json without declaring a field for them.
 _TRANSFORMERS_KEYS = frozenset(
-    "torch_dtype name_or_path _name_or_path _commit_hash output_attentions attn_implementation experts_implementation "
-    "_attn_implementation_internal _experts_implementation_internal num_labels transformers_version auto_map "
-    "quantization_config per_layer_config model_type".split()
+    {"torch_dtype", "name_or_path", "_name_or_path", "_commit_hash", "num_labels", "transformers_version", "auto_map"}
+    | {"output_attentions", "quantization_config", "per_layer_config", "model_type"}
+    | {"attn_implementation", "_attn_implementation_internal"}
+    | {"experts_implementation", "_experts_implementation_internal"}
 )
 
 

@@ -74,7 +74,7 @@ class VSS(nn.Module):
 
 
 class Connector(nn.Module):
-    """Patches (I, P, v) on an h x w grid to tokens (I, P, d). Class tokens before the patches, if any, skip the scan."""
+    """Patches (I, P, v) on an h x w grid to tokens (I, P, d). A class token before the patches skips the scan."""
 
     def __init__(self, config: VLMambaConfig):
         super().__init__()

@@ -73,7 +73,7 @@ class MambaState:
         return sum(t.nbytes for t in (*self.conv, *self.ssm) if t is not None)
 
     def update(self, layer: int, conv_SWD: Tensor, ssm_SDN: Tensor) -> None:
-        """Takes a layer's new state. Memory already held is reused, except where autograd still needs the old values."""
+        """Takes a layer's new state. Memory held is reused, except where autograd needs the old values."""
         self.conv[layer] = _renew(self.conv[layer], conv_SWD)
         self.ssm[layer] = _renew(self.ssm[layer], ssm_SDN)
 

@@ -27,7 +27,7 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     _no_split_modules = ("MambaBlock", "CLIPEncoderLayer", "SiglipEncoderLayer", "VSS")
-    _tied_weights_keys = {"language_model.lm_head.weight": "language_model.backbone.embeddings.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"language_model.lm_head.weight": "language_model.backbone.embeddings.weight"}
     _supports_sdpa = True
 
     def __init__(self, config: VLMambaConfig):
@@ -64,9 +64,9 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
         if pixel_values.ndim != 4:
             raise ValueError(f"pixel_values must be (images, 3, height, width), got {tuple(pixel_values.shape)}")
         tower = self.vision_tower
-        frozen = not any(p.requires_grad for p in tower.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            patches, grid = tower(pixel_values.to(tower.dtype))
+        trained = any(p.requires_grad for p in tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            patches, grid = tower(pixel_values.to(next(tower.parameters()).dtype))
         return self.connector(patches, grid)
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:

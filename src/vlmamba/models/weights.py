@@ -1,4 +1,4 @@
-"""Weights from elsewhere: original mamba_ssm and transformers checkpoints, and the composition of a VL-Mamba from parts.
+"""Weights from elsewhere: original mamba_ssm and transformers checkpoints, and a VL-Mamba composed from parts.
 
 Three namings of one model:
 
@@ -24,6 +24,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from vlmamba.models.config import VLMambaConfig
 from vlmamba.models.mamba import VLMambaForCausalLM
+from vlmamba.models.vision import VisionTower, build_vision_tower
 
 if TYPE_CHECKING:
     from vlmamba.models.vlm import VLMambaForConditionalGeneration
@@ -225,22 +226,18 @@ def load_language(source: str | Path, dtype: torch.dtype | None = None) -> tuple
     return (model if dtype is None else model.to(dtype)), tokens
 
 
-def load_vision(source: str | Path, layer: int, cls: bool) -> nn.Module:
-    """A vision tower with the weights of a CLIP or SigLIP checkpoint (folder or Hub id)."""
-    from vlmamba.models.vision import build_vision_tower
+def load_vision(source: str | Path, layer: int = -2, cls: bool = False) -> VisionTower:
+    """A vision tower with the weights of a CLIP or SigLIP checkpoint (folder or Hub id).
 
+    Raises:
+        ValueError: neither CLIP nor SigLIP, or a tensor missing, surplus or mis-shaped.
+    """
     folder = fetch(source)
-    config = AutoConfig.from_pretrained(folder)
-    tower = build_vision_tower(getattr(config, "vision_config", config), layer, cls)
-    expected = tower.state_dict()
-    prefix = next(iter(expected)).split("vision_model.")[0] if "vision_model." in next(iter(expected)) else ""
-    tensors = {}
-    for name, tensor in read_tensors(folder).items():
-        name = prefix + name if name.startswith("vision_model.") else name
-        if name.startswith(prefix + "vision_model.") and not name.endswith("position_ids"):
-            tensors[name] = tensor
-    # Blocks behind the chosen layer (and the pooling head) are not built, so their tensors are not wanted.
-    load_strictly(tower, {n: t for n, t in tensors.items() if n in expected or not tower.skips(n)}, str(source))
+    tower = build_vision_tower(AutoConfig.from_pretrained(folder), layer, cls)
+    picked, surplus = tower.select_weights(read_tensors(folder))
+    if surplus:
+        raise ValueError(f"{source} holds tensors that belong to neither CLIP nor SigLIP: {', '.join(surplus[:8])}")
+    load_strictly(tower.model, picked, str(source))
     return tower
 
 
