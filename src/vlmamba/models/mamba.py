@@ -1,7 +1,7 @@
 """The Mamba-1 language model (Gu & Dao 2023, arXiv 2312.00752): mixer, block, backbone, causal LM.
 
 Parameters are saved under the names of transformers' `MambaForCausalLM`; at run time A_log, D and the bias of dt_proj
-live together in `mixer.ssm`, which stays float32 whatever the model is cast to (see `weights.py` for the renaming).
+live together in `mixer.ssm`, which stays float32 whatever the model is cast to (see `names.py`).
 
 Shapes: B batch, L length, d model width (hidden_size), D channels (intermediate_size), N state size, R rank of dt,
 W convolution width, V vocabulary.
@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 
 from vlmamba import ops
 from vlmamba.models.loss import next_token_loss
+from vlmamba.models.names import register_names
 from vlmamba.models.padding import Compaction
 from vlmamba.models.state import MambaState
 
@@ -431,3 +432,6 @@ def continue_inputs(model_inputs: dict[str, Any], is_first_iteration: bool) -> d
         # A continued conversation may hand in a mask of all that was ever read: the new tokens' part counts.
         model_inputs["attention_mask"] = mask[:, -model_inputs["input_ids"].shape[1] :]
     return model_inputs
+
+
+register_names("VLMambaBackbone", "VLMambaForCausalLM")

@@ -1,11 +1,4 @@
-"""Weights from elsewhere: original mamba_ssm and transformers checkpoints, and a VL-Mamba composed from parts.
-
-Three namings of one model:
-
-    original (mamba_ssm)      backbone.embedding.weight    mixer.A_log      mixer.D      mixer.dt_proj.bias
-    transformers, and saved   backbone.embeddings.weight   mixer.A_log      mixer.D      mixer.dt_proj.bias
-    ours at run time          backbone.embeddings.weight   mixer.ssm.A_log  mixer.ssm.D  mixer.ssm.dt_bias
-"""
+"""Weights from elsewhere: original mamba_ssm and transformers checkpoints, and a VL-Mamba composed from parts."""
 
 from __future__ import annotations
 
@@ -19,52 +12,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, MambaConfig
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 
 from vlmamba.models.config import VLMambaConfig
 from vlmamba.models.mamba import VLMambaForCausalLM
+from vlmamba.models.names import to_runtime
 from vlmamba.models.vision import VisionTower, build_vision_tower
 
 if TYPE_CHECKING:
     from vlmamba.models.vlm import VLMambaForConditionalGeneration
 
-_SAVED_TO_RUNTIME = {
-    "mixer.A_log": "mixer.ssm.A_log",
-    "mixer.D": "mixer.ssm.D",
-    "mixer.dt_proj.bias": "mixer.ssm.dt_bias",
-}
 # The converted state-spaces models on the Hub do not say that their last three rows are padding.
 _NEOX_TOKENS, _NEOX_ROWS = 50277, 50280
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-def register_names() -> None:
-    """Teaches transformers' loading and saving our run-time names (both directions)."""
-    for model in ("VLMambaForCausalLM", "VLMambaBackbone"):
-        register_checkpoint_conversion_mapping(
-            model, [WeightRenaming(saved, runtime) for saved, runtime in _SAVED_TO_RUNTIME.items()], overwrite=True
-        )
-
-
-def to_runtime(name: str) -> str:
-    """Our run-time name of a saved tensor, original or transformers'."""
-    name = name.replace("backbone.embedding.", "backbone.embeddings.")
-    for saved, runtime in _SAVED_TO_RUNTIME.items():
-        if name.endswith(saved):
-            return name.removesuffix(saved) + runtime
-    return name
-
-
-def to_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A language model's run-time state dict under mamba_ssm's names."""
-    out = {}
-    for name, tensor in state_dict.items():
-        for saved, runtime in _SAVED_TO_RUNTIME.items():
-            if name.endswith(runtime):
-                name = name.removesuffix(runtime) + saved
-        out[name.replace("backbone.embeddings.", "backbone.embedding.")] = tensor
-    return out
 
 
 def original_config(config: MambaConfig, num_tokens: int | None = None) -> dict[str, Any]:
