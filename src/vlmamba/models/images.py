@@ -46,22 +46,9 @@ def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         ValueError: no such file, not an image, damaged or truncated, or more than `max_pixels` pixels. The message
             names the file.
     """
-    name = _name_of(source)
-    image = _open(source, name)
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ValueError(
-            f"{name} is {width} x {height} pixels; at most {max_pixels / 1e6:.0f} million are read. Scale it down first"
-        )
-    if width == 0 or height == 0:
-        raise ValueError(f"{name} is {width} x {height} pixels: nothing to see")
-    try:
-        image.load()
-        return _upright_rgb(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders of damaged data raise nearly anything: OSError, SyntaxError, struct.error
-        raise ValueError(f"{name} is damaged or truncated: {error}") from error
+    with warnings.catch_warnings():  # what Pillow warns of, is decided and said here
+        warnings.simplefilter("ignore")
+        return _read(source, _name_of(source), max_pixels)
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
@@ -96,6 +83,24 @@ def crop_strip(image: Image.Image, ratio: int = 16) -> Image.Image:
     return image.crop((left, top, width - left, height - top))
 
 
+def _read(source: ImageSource, name: str, max_pixels: int) -> Image.Image:
+    image = _open(source, name)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ValueError(
+            f"{name} is {width} x {height} pixels; at most {max_pixels / 1e6:.0f} million are read. Scale it down first"
+        )
+    if width == 0 or height == 0:
+        raise ValueError(f"{name} is {width} x {height} pixels: nothing to see")
+    try:
+        image.load()
+        return _upright_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders of damaged data raise nearly anything: OSError, SyntaxError, struct.error
+        raise ValueError(f"{name} is damaged or truncated: {error}") from error
+
+
 def _name_of(source: ImageSource) -> str:
     if isinstance(source, bytes):
         return f"image of {len(source)} bytes"
@@ -113,9 +118,7 @@ def _open(source: ImageSource, name: str) -> Image.Image:
     if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
         raise ValueError(f"{name} is an address, not a file; download it first")
     try:
-        with warnings.catch_warnings():  # our own limit, with our own words, follows
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large to be read safely: {error}. Scale it down first") from error
     except Image.UnidentifiedImageError as error:
@@ -141,9 +144,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return int(image.getexif().get(_ORIENTATION, 1))
+        return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # a broken EXIF block says nothing about the picture, which is taken as it stands
         return 1
 

@@ -1,0 +1,412 @@
+"""The processor: pictures to pixels, prompts to token ids, conversations to label masks.
+
+Letters: I images, H and W pixels, B prompts, L tokens, P tokens of one image.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import AddedToken
+from torch import Tensor
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+from vlmamba.models.images import ImageSource, crop_strip, pad_to_square, read_image
+from vlmamba.models.template import PLACEHOLDER, Piece, message_pieces, pair_turns, turn_pieces
+
+IMAGE_MODES = ("crop", "pad")
+NO_LABEL = -100
+# The tokenizer of state-spaces/mamba-*, whose repositories hold none.
+GPT_NEOX = "EleutherAI/gpt-neox-20b"
+
+
+class VLMambaProcessor(ProcessorMixin):
+    """Image processor and tokenizer of a VL-Mamba.
+
+    Args:
+        image_processor: a CLIPImageProcessorPil or SiglipImageProcessorPil.
+        tokenizer: a fast tokenizer. `<image>` is added to it if it has none, `<|padding|>` or else the end of text
+            becomes its padding token, and it pads on the left, as generation needs.
+        patch_size, vision_cls: of the vision tower; they give the number of tokens of an image.
+        image_mode: "pad", to a square with the mean colour (stage 2 and all use), or "crop", the image processor's own
+            resize and crop (stage 1).
+        image_token: the placeholder in raw text.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        patch_size: int = 14,
+        vision_cls: bool = False,
+        image_mode: str = "pad",
+        image_token: str = PLACEHOLDER,
+        chat_template: str | None = None,
+    ) -> None:
+        self.patch_size = patch_size
+        self.vision_cls = vision_cls
+        self.image_mode = _checked_mode(image_mode)
+        self.image_token = image_token
+        _prepare(tokenizer, image_token)
+        self.image_token_id: int = tokenizer.convert_tokens_to_ids(image_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_parts(
+        cls, vision: str | Path, language: str | Path, *, vision_cls: bool = False, image_mode: str = "pad"
+    ) -> VLMambaProcessor:
+        """The processor for a pre-trained vision encoder and language model, a folder or Hub id each.
+
+        A language model without a tokenizer of its own (state-spaces/mamba-*) gets GPT-NeoX's.
+        """
+        from transformers import AutoConfig, AutoTokenizer
+
+        config = AutoConfig.from_pretrained(vision)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(language)
+        except (OSError, ValueError, KeyError):
+            tokenizer = AutoTokenizer.from_pretrained(GPT_NEOX)
+        image_processor = load_image_processor(vision, getattr(config, "vision_config", config))
+        patch_size = getattr(config, "vision_config", config).patch_size
+        return cls(image_processor, tokenizer, patch_size, vision_cls, image_mode)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, path: Any, processor_dict: dict | None = None, **kwargs: Any) -> list[Any]:
+        # transformers' AutoImageProcessor wants torchvision; ours is one of two, and its settings are in the same file.
+        from transformers import PreTrainedTokenizerFast
+
+        settings = (processor_dict or {}).get("image_processor")
+        if settings is None:
+            raise ValueError(
+                f"{path} holds no processor_config.json with an image_processor: no VL-Mamba is saved there"
+            )
+        return [
+            _image_processor_class(str(settings.get("image_processor_type")))(**settings),
+            PreTrainedTokenizerFast.from_pretrained(path, **kwargs),
+        ]
+
+    # ------------------------------------------------------------------ images
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the pixels that the vision tower gets."""
+        size = self.image_processor.crop_size if self.image_processor.do_center_crop else self.image_processor.size
+        height, width = size.height or size.shortest_edge, size.width or size.shortest_edge
+        return height, width
+
+    @property
+    def num_image_tokens(self) -> int:
+        """P, tokens of one image."""
+        return self._tokens_of(*self.image_size)
+
+    def _tokens_of(self, height: int, width: int) -> int:
+        return (height // self.patch_size) * (width // self.patch_size) + int(self.vision_cls)
+
+    def image_pixels(self, source: ImageSource, mode: str | None = None) -> np.ndarray:
+        """One picture as uint8 (3, H, W), resized but not yet normalised: what a training batch carries."""
+        image = self._framed(source, mode)
+        pixels = self.image_processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
+        return np.ascontiguousarray(pixels, dtype=np.uint8)
+
+    def normalise(self, pixels_IHW: Tensor) -> Tensor:
+        """uint8 pixels (I, 3, H, W) to what the vision tower expects, float32, on their device."""
+        processor = self.image_processor
+        mean, std = (
+            torch.tensor(value, dtype=torch.float32, device=pixels_IHW.device).view(3, 1, 1)
+            for value in (processor.image_mean, processor.image_std)
+        )
+        return (pixels_IHW.float() * processor.rescale_factor - mean) / std
+
+    def _framed(self, source: ImageSource, mode: str | None) -> Image.Image:
+        image = read_image(source)
+        if _checked_mode(mode or self.image_mode) == "crop":
+            return crop_strip(image) if self.image_processor.do_center_crop else image
+        red, green, blue = (int(255 * value) for value in self.image_processor.image_mean)
+        return pad_to_square(image, (red, green, blue))
+
+    # ------------------------------------------------------------------ raw text
+
+    def __call__(
+        self, images: Any = None, text: Any = None, *, image_mode: str | None = None, **kwargs: Any
+    ) -> BatchFeature:
+        """Raw text and pictures to model inputs; each `<image>` in the text stands for one picture, in reading order.
+
+        Args:
+            images: a picture (path, bytes, PIL), a list of them, or one list per text.
+            text: a prompt or a list of prompts, in whatever template the caller has written.
+            image_mode: "crop" or "pad"; the processor's own otherwise.
+            kwargs: as transformers' processors take them (`return_tensors`, `padding`, ...).
+
+        Returns:
+            input_ids and attention_mask (B, L), and pixel_values (I, 3, H, W) when there are pictures.
+
+        Raises:
+            ValueError: placeholders and pictures do not match in number; a picture cannot be read.
+        """
+        groups = _grouped(images)
+        if text is not None:
+            nested = isinstance(images, list | tuple) and any(isinstance(item, list | tuple) for item in images)
+            self._check_counts([text] if isinstance(text, str) else list(text), groups, nested)
+        flat = [self._framed(image, image_mode) for group in groups for image in group]
+        return super().__call__(images=flat or None, text=text, **kwargs)
+
+    def _check_counts(self, texts: list[str], groups: list[list[Any]], nested: bool) -> None:
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("text must be a string or a list of strings")
+        marks = [text.count(self.image_token) for text in texts]
+        given = [len(group) for group in groups]
+        if sum(marks) != sum(given):
+            raise ValueError(f"{sum(marks)} {self.image_token} placeholder(s) in the text, but {sum(given)} image(s)")
+        if nested and marks != given:
+            raise ValueError(f"{marks} {self.image_token} placeholders in the texts, but {given} images for them")
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """One placeholder per patch of the picture."""
+        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
+        return self.image_token * self._tokens_of(height, width)
+
+    # ------------------------------------------------------------------ chat
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        begin: bool = True,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = None,
+        image_mode: str | None = None,
+        padding: bool = True,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Chat messages in template v1 (see `vlmamba.models.template`), as token ids or as a string.
+
+        Only image parts are images: `{"type": "image", "image": picture}`, or `path`, `base64`, `url`. Texts are
+        tokenised with special tokens off, so `<image>` in a question is seven letters. A string cannot tell the two
+        apart: with `tokenize=False`, text that holds a special token is refused.
+
+        Args:
+            conversation: a list of messages, or a list of such lists for a batch.
+            chat_template: a Jinja template of your own; transformers renders it, with its rules.
+            begin: False leaves the system sentence out, for later turns of a conversation that goes on from a state.
+            tokenize: ids rather than a string.
+            return_dict: input_ids, attention_mask and pixel_values rather than input_ids alone.
+            processor_kwargs: `image_mode`, `padding` and `return_tensors`, as transformers' pipeline passes them.
+        """
+        if chat_template is not None or self.chat_template is not None:
+            return super().apply_chat_template(
+                conversation,
+                chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=tokenize,
+                return_dict=return_dict,
+                return_tensors=return_tensors,
+                processor_kwargs=processor_kwargs,
+                **kwargs,
+            )
+        options: dict[str, Any] = {"image_mode": image_mode, "padding": padding, "return_tensors": return_tensors}
+        given = {**(processor_kwargs or {}), **kwargs}
+        if unknown := sorted(set(given) - set(options)):
+            raise ValueError(f"apply_chat_template does not take {', '.join(unknown)}; it takes {', '.join(options)}")
+        options |= given
+        batched = bool(conversation) and isinstance(conversation[0], list | tuple)
+        prompts = [
+            message_pieces(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                begin=begin,
+            )
+            for messages in (conversation if batched else [conversation])
+        ]
+        if not tokenize:
+            strings = [self._render(pieces) for pieces, _ in prompts]
+            return strings if batched else strings[0]
+        rows = [self._encode(pieces)[0] for pieces, _ in prompts]
+        images = [_fetched(image) for _, found in prompts for image in found]
+        inputs = self._inputs(rows, images, batched=batched, **options)
+        return inputs if return_dict else inputs["input_ids"]
+
+    def _inputs(
+        self,
+        rows: list[list[int]],
+        images: list[Any],
+        *,
+        batched: bool,
+        image_mode: str | None,
+        padding: bool,
+        return_tensors: str | None,
+    ) -> BatchFeature:
+        if not batched and return_tensors is None:
+            data: dict[str, Any] = {"input_ids": rows[0], "attention_mask": [1] * len(rows[0])}
+        else:
+            data = dict(self.tokenizer.pad({"input_ids": rows}, padding=padding, return_tensors=return_tensors))
+        if images:
+            framed = [self._framed(image, image_mode) for image in images]
+            data |= self.image_processor(framed, return_tensors=return_tensors)
+        return BatchFeature(data)
+
+    def _render(self, pieces: list[Piece]) -> str:
+        special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        for piece in pieces:
+            for token in special:
+                if token in piece.text:
+                    raise ValueError(
+                        f"the text holds {token!r}, which in a string cannot be told from the special token; "
+                        "use apply_chat_template(..., tokenize=True), which keeps it as text"
+                    )
+        marks = {"image": self.image_token, "end": self.tokenizer.eos_token}
+        return "".join(marks.get(piece.kind, piece.text) for piece in pieces)
+
+    # ------------------------------------------------------------------ training
+
+    def encode_conversation(
+        self, turns: Iterable[dict[str, Any]], images: int | Sequence[Any] | None = None, template: str = "v1"
+    ) -> dict[str, list[int]]:
+        """A LLaVA conversation (`{from, value}` turns) as input_ids and labels, both of length L.
+
+        Labels are -100 but for the answers and their ends. `<image>` in the first human turn is the placeholder and
+        moves to its front; anywhere else it is text. Template "plain" drops the human text.
+
+        Args:
+            images: the pictures, or their number; pixels are made apart, by `image_pixels` or the call.
+
+        Raises:
+            ValueError: placeholders and images differ in number, an answer is empty, turns do not alternate.
+        """
+        count = images if isinstance(images, int) else len(images or ())
+        return self.encode_turns(pair_turns(turns, count), count, template)
+
+    def encode_turns(
+        self, pairs: Sequence[tuple[str, str]], num_images: int = 0, template: str = "v1"
+    ) -> dict[str, list[int]]:
+        """(question, answer) pairs as input_ids and labels; the images stand before the first question."""
+        ids, labels = self._encode(turn_pieces(pairs, num_images, template))
+        return {"input_ids": ids, "labels": labels}
+
+    def encode_text(self, text: str) -> dict[str, list[int]]:
+        """A document for the language model alone, its end included, every token a label."""
+        ids, labels = self._encode([Piece("text", text, learn=True), Piece("end", learn=True)])
+        return {"input_ids": ids, "labels": labels}
+
+    def _encode(self, pieces: list[Piece]) -> tuple[list[int], list[int]]:
+        """Token ids and labels. Neighbouring texts are tokenised as one, with special tokens off."""
+        runs: list[Piece] = []
+        for piece in pieces:
+            if runs and runs[-1].kind == piece.kind == "text" and runs[-1].learn == piece.learn:
+                runs[-1] = Piece("text", runs[-1].text + piece.text, piece.learn)
+            else:
+                runs.append(piece)
+        texts = [run.text for run in runs if run.kind == "text"]
+        encoded = iter(
+            self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+        )
+        ids: list[int] = []
+        labels: list[int] = []
+        for run in runs:
+            if run.kind == "text":
+                new = next(encoded)
+            elif run.kind == "image":
+                new = [self.image_token_id] * self.num_image_tokens
+            else:
+                new = [self.tokenizer.eos_token_id]
+            ids += new
+            labels += new if run.learn else [NO_LABEL] * len(new)
+        return ids, labels
+
+
+def build_image_processor(vision_config: Any) -> Any:
+    """The image processor for a vision config: its kind's own mean, deviation and resampling, at its image size."""
+    size = vision_config.image_size
+    square = {"height": size, "width": size}
+    if vision_config.model_type == "clip_vision_model":
+        return _image_processor_class("CLIP")(size={"shortest_edge": size}, crop_size=square)
+    return _image_processor_class("Siglip")(size=square)
+
+
+def load_image_processor(path: str | Path, vision_config: Any) -> Any:
+    """The image processor saved beside a vision encoder; where there is none, one for its config."""
+    kind = "CLIP" if vision_config.model_type == "clip_vision_model" else "Siglip"
+    try:
+        return _image_processor_class(kind).from_pretrained(path)
+    except OSError:
+        return build_image_processor(vision_config)
+
+
+def _image_processor_class(name: str) -> Any:
+    # The Pil classes: those without the suffix want torchvision.
+    if name.startswith("CLIP"):
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        return CLIPImageProcessorPil
+    if name.startswith("Siglip"):
+        from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+        return SiglipImageProcessorPil
+    raise ValueError(f"image_processor_type {name!r}: expected a CLIP or Siglip image processor")
+
+
+def _prepare(tokenizer: Any, image_token: str) -> None:
+    """Give a tokenizer what a VL-Mamba needs of it; nothing changes on one that has been given it."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"a fast tokenizer is expected (tokenizer.json); got {type(tokenizer).__name__}")
+    vocabulary = tokenizer.get_vocab()
+    if image_token not in vocabulary:
+        tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
+    if tokenizer.eos_token is None:
+        if "<|endoftext|>" not in vocabulary:
+            raise ValueError("the tokenizer has no end-of-text token; set its eos_token")
+        tokenizer.eos_token = "<|endoftext|>"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = "<|padding|>" if "<|padding|>" in vocabulary else tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+
+
+def _checked_mode(mode: str) -> str:
+    if mode not in IMAGE_MODES:
+        raise ValueError(f"image_mode {mode!r} is unknown; expected one of {', '.join(IMAGE_MODES)}")
+    return mode
+
+
+def _grouped(images: Any) -> list[list[Any]]:
+    """Pictures in groups, one per text where nested, each its own group where flat."""
+    if images is None:
+        return []
+    if not isinstance(images, list | tuple):
+        return [[images]]
+    return [list(item) if isinstance(item, list | tuple) else [item] for item in images]
+
+
+def _fetched(image: Any) -> Any:
+    """What an image part of a message refers to: an address is opened by transformers' loader, `data:` is decoded.
+
+    A server must not get here with an address from its clients: it fetches by its own rules first.
+    """
+    if image is None:
+        raise ValueError('an image part without a picture; expected {"type": "image", "image": picture}')
+    if not isinstance(image, str):
+        return image
+    if image.startswith("data:"):
+        try:
+            return base64.b64decode(image.partition(",")[2], validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"a data: address that is not base64: {error}") from error
+    if image.startswith(("http://", "https://")):
+        from transformers.image_utils import load_image
+
+        return load_image(image)
+    return image

@@ -1,0 +1,369 @@
+"""The processor: token ids, placeholders, templates, label masks, saving."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import SiglipVisionConfig
+from transformers.models.clip.configuration_clip import CLIPVisionConfig
+
+from vlmamba.models.processor import NO_LABEL, VLMambaProcessor, build_image_processor
+from vlmamba.models.template import SYSTEM
+
+PATCHES = 9  # 24 / 8 = 3 x 3
+
+
+@pytest.fixture
+def processor(tokenizer) -> VLMambaProcessor:
+    vision = SiglipVisionConfig(image_size=24, patch_size=8)
+    return VLMambaProcessor(build_image_processor(vision), tokenizer, patch_size=8)
+
+
+def picture(size=(40, 20), colour=(200, 30, 40)) -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+def user(*parts) -> dict:
+    return {"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
+
+
+def image_part(image=None) -> dict:
+    return {"type": "image", "image": image or picture()}
+
+
+def text_of(processor, ids) -> str:
+    """Ids as text, an image as one <image>."""
+    joined = processor.tokenizer.decode(ids)
+    return joined.replace("<image>" * PATCHES, "<image>")
+
+
+def learned(processor, encoded) -> list[str]:
+    """The stretches that carry labels, as text."""
+    stretches, current = [], []
+    for token, label in zip(encoded["input_ids"], encoded["labels"]):
+        assert label in (NO_LABEL, token)
+        if label != NO_LABEL:
+            current.append(token)
+        elif current:
+            stretches, current = [*stretches, current], []
+    return [processor.tokenizer.decode(ids) for ids in ([*stretches, current] if current else stretches)]
+
+
+# ---------------------------------------------------------------------- construction
+
+
+def test_tokenizer_gets_what_the_model_needs(processor):
+    tokenizer = processor.tokenizer
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1)
+    assert tokenizer.padding_side == "left"
+    assert processor.image_token_id == len(tokenizer) - 1
+    assert processor.num_image_tokens == PATCHES
+    again = VLMambaProcessor(processor.image_processor, tokenizer, patch_size=8)
+    assert len(again.tokenizer) == processor.image_token_id + 1
+
+
+def test_clip_with_cls(tokenizer):
+    vision = CLIPVisionConfig(image_size=24, patch_size=8)
+    processor = VLMambaProcessor(build_image_processor(vision), tokenizer, 8, vision_cls=True)
+    assert processor.num_image_tokens == PATCHES + 1
+    assert processor(text="<image>", images=picture(), return_tensors="pt").input_ids.shape == (1, PATCHES + 1)
+
+
+def test_wrong_mode_and_slow_tokenizer(processor):
+    with pytest.raises(ValueError, match="image_mode 'stretch'"):
+        VLMambaProcessor(processor.image_processor, processor.tokenizer, image_mode="stretch")
+    with pytest.raises(ValueError, match="fast tokenizer"):
+        VLMambaProcessor(processor.image_processor, object())
+
+
+# ---------------------------------------------------------------------- images
+
+
+def test_pad_and_crop(processor):
+    padded = processor.image_pixels(picture())
+    assert padded.shape == (3, 24, 24)
+    assert padded.dtype == np.uint8
+    assert np.abs(padded[:, 0, 0].astype(int) - 127).max() <= 1  # SigLIP's mean is 0.5
+    assert tuple(processor.image_pixels(picture(), mode="crop")[:, 0, 0]) == (200, 30, 40)
+
+
+def test_clip_crop_of_a_strip_stays_small(tokenizer):
+    processor = VLMambaProcessor(build_image_processor(CLIPVisionConfig(image_size=24, patch_size=8)), tokenizer, 8)
+    strip = picture((100_000, 2))
+    for mode in ("crop", "pad"):
+        assert processor.image_pixels(strip, mode).shape == (3, 24, 24)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 3), (3, 1), (24, 3)])
+def test_tiny_pictures_keep_their_channels(processor, size):
+    for mode in ("crop", "pad"):
+        pixels = processor.image_pixels(picture(size), mode)
+        assert np.abs(pixels[:, 12, 12].astype(int) - (200, 30, 40)).max() <= 1
+
+
+def test_uint8_path_equals_the_float_path(processor):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (31, 50, 3), dtype=np.uint8))
+    for mode in ("crop", "pad"):
+        direct = processor(images=noise, image_mode=mode, return_tensors="pt").pixel_values
+        by_bytes = processor.normalise(torch.from_numpy(processor.image_pixels(noise, mode))[None])
+        torch.testing.assert_close(direct, by_bytes, rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------------- raw text
+
+
+def test_placeholder_expands(processor):
+    inputs = processor(text="a <image> b", images=picture(), return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
+    assert inputs.pixel_values.shape == (1, 3, 24, 24)
+    assert (inputs.input_ids == processor.image_token_id).sum() == PATCHES
+    assert text_of(processor, inputs.input_ids[0]) == "a <image> b"
+
+
+def test_batch_is_left_padded(processor, tmp_path):
+    path = tmp_path / "picture.png"
+    picture().save(path)
+    texts = ["<image>what?", "hello", "two <image><image>"]
+    inputs = processor(text=texts, images=[str(path), picture(), path.read_bytes()], padding=True, return_tensors="pt")
+    assert inputs.pixel_values.shape[0] == 3
+    assert inputs.attention_mask[1, 0] == 0
+    assert inputs.attention_mask[:, -1].tolist() == [1, 1, 1]
+    assert text_of(processor, inputs.input_ids[1][inputs.attention_mask[1].bool()]) == "hello"
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "numbers"),
+    [
+        ("<image>", None, "1 <image> .* 0 image"),
+        ("none", [picture()], "0 <image> .* 1 image"),
+        ("<image>", [picture(), picture()], "1 <image> .* 2 image"),
+        (["<image><image>", "x"], [picture()], "2 <image> .* 1 image"),
+        (["<image><image>", "x"], [[picture()], [picture()]], r"\[2, 0\] .* \[1, 1\]"),
+    ],
+)
+def test_counts_that_do_not_match(processor, text, images, numbers):
+    with pytest.raises(ValueError, match=numbers):
+        processor(text=text, images=images)
+
+
+def test_text_alone_and_images_alone(processor):
+    assert set(processor(text="hello")) == {"input_ids", "attention_mask"}
+    assert set(processor(images=[picture(), picture()])) == {"pixel_values"}
+
+
+# ---------------------------------------------------------------------- chat
+
+
+def test_v1_prompt(processor):
+    messages = [
+        user(image_part(), "What is this?"),
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": "Its colour?"},
+    ]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert prompt == (
+        f"{SYSTEM} USER: <image>\nWhat is this? ASSISTANT: A cat.<|endoftext|>USER: Its colour? ASSISTANT:"
+    )
+    tokens = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+    assert tokens == processor(text=prompt, images=picture())["input_ids"][0]
+
+
+def test_literal_special_tokens_in_a_question_are_text(processor):
+    question = "is <image> or <|endoftext|> a tag<|padding|>?"
+    tokens = processor.apply_chat_template([user(image_part(), question)], tokenize=True)
+    assert tokens.count(processor.image_token_id) == PATCHES
+    assert not {0, 1} & set(tokens)
+    assert question in processor.tokenizer.decode(tokens)
+    with pytest.raises(ValueError, match=r"'<image>'.*tokenize=True"):
+        processor.apply_chat_template([user(image_part(), "is <image> a tag?")])
+
+
+def test_images_come_first_and_parts_are_joined(processor):
+    prompt = processor.apply_chat_template([user("one", image_part(), "two", image_part())])
+    assert prompt == f"{SYSTEM} USER: <image>\n<image>\none\ntwo "
+
+
+def test_system_message_later_turns_and_continuation(processor):
+    system = {"role": "system", "content": "Be short."}
+    assert processor.apply_chat_template([system, user("hi")], add_generation_prompt=True) == (
+        "Be short. USER: hi ASSISTANT:"
+    )
+    later = processor.apply_chat_template([user("more")], add_generation_prompt=True, begin=False)
+    assert later == "USER: more ASSISTANT:"
+    prefill = [user("hi"), {"role": "assistant", "content": "It is"}]
+    assert processor.apply_chat_template(prefill, continue_final_message=True).endswith(" ASSISTANT: It is")
+
+
+def test_continued_conversation_has_the_same_tokens(processor):
+    first, second = user(image_part(), "What?"), user("And then?")
+    answer = {"role": "assistant", "content": "A dog"}
+    whole = processor.apply_chat_template([first, answer, second], tokenize=True, add_generation_prompt=True)
+    begun = processor.apply_chat_template([first], tokenize=True, add_generation_prompt=True)
+    said = processor.tokenizer(" A dog")["input_ids"] + [0]
+    rest = processor.apply_chat_template([second], tokenize=True, add_generation_prompt=True, begin=False)
+    assert whole == begun + said + rest
+
+
+def test_batch_of_chats(processor):
+    batch = [[user(image_part(), "What is this long thing?")], [user("hi")]]
+    inputs = processor.apply_chat_template(
+        batch, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    assert inputs.input_ids.shape == inputs.attention_mask.shape
+    assert inputs.attention_mask[1, 0] == 0
+    single = processor.apply_chat_template(batch[1], tokenize=True, add_generation_prompt=True)
+    assert inputs.input_ids[1][inputs.attention_mask[1].bool()].tolist() == single
+    assert inputs.pixel_values.shape == (1, 3, 24, 24)
+
+
+def test_image_parts_by_path_and_base64(processor, tmp_path):
+    picture().save(tmp_path / "a.png")
+    data = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    parts = [
+        {"type": "image", "path": str(tmp_path / "a.png")},
+        {"type": "image", "base64": data},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
+        image_part(),
+    ]
+    inputs = processor.apply_chat_template([user(*parts)], tokenize=True, return_dict=True, return_tensors="pt")
+    assert inputs.pixel_values.shape[0] == 4
+    assert (inputs.pixel_values == inputs.pixel_values[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([], "no messages"),
+        ([{"role": "robot", "content": "x"}], "role 'robot'"),
+        (["hi"], "message 1 is 'hi'"),
+        ([{"role": "user", "content": 3}], "type int"),
+        ([user({"type": "video"})], "part"),
+        ([user("x"), {"role": "system", "content": "y"}], "message 2 has role 'system'"),
+        ([{"role": "assistant", "content": [image_part()]}], "only user messages"),
+        ([user({"type": "image", "path": "a", "url": "b"})], "url and path"),
+    ],
+)
+def test_malformed_messages_are_named(processor, messages, words):
+    with pytest.raises(ValueError, match=words):
+        processor.apply_chat_template(messages)
+
+
+def test_malformed_options_are_named(processor):
+    with pytest.raises(ValueError, match="temperature"):
+        processor.apply_chat_template([user("x")], temperature=1)
+    with pytest.raises(ValueError, match="without a picture"):
+        processor.apply_chat_template([user({"type": "image"})], tokenize=True)
+    with pytest.raises(ValueError, match="must be the assistant's"):
+        processor.apply_chat_template([user("x")], continue_final_message=True)
+
+
+def test_empty_question(processor):
+    prompt = processor.apply_chat_template([user(image_part(), "")], add_generation_prompt=True)
+    assert prompt.endswith("USER: <image>\n ASSISTANT:")
+
+
+# ---------------------------------------------------------------------- training
+
+
+def turns(*values) -> list[dict]:
+    return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+
+
+def test_v1_labels_are_answers_and_their_ends(processor):
+    encoded = processor.encode_conversation(turns("What?\n<image>", "A cat.", "Colour?", "Red"), [picture()])
+    assert text_of(processor, encoded["input_ids"]) == (
+        f"{SYSTEM} USER: <image>\nWhat? ASSISTANT: A cat.<|endoftext|>USER: Colour? ASSISTANT: Red<|endoftext|>"
+    )
+    assert learned(processor, encoded) == [" A cat.<|endoftext|>", " Red<|endoftext|>"]
+
+
+def test_training_and_generation_read_the_same_prompt(processor):
+    encoded = processor.encode_conversation(turns("<image>\nWhat?", "A cat."), 1)
+    prompt = processor.apply_chat_template([user(image_part(), "What?")], tokenize=True, add_generation_prompt=True)
+    assert encoded["input_ids"][: len(prompt)] == prompt
+    assert encoded["labels"][: len(prompt)] == [NO_LABEL] * len(prompt)
+    assert encoded["labels"][len(prompt)] != NO_LABEL
+
+
+@pytest.mark.parametrize("human", ["Describe.\n<image>", "<image>\nDescribe.", "<image>"])
+def test_plain_drops_the_human_text(processor, human):
+    encoded = processor.encode_conversation(turns(human, "a red square\n"), 1, template="plain")
+    assert text_of(processor, encoded["input_ids"]) == "<image>a red square<|endoftext|>"
+    assert learned(processor, encoded) == ["a red square<|endoftext|>"]
+
+
+def test_first_turn_that_is_not_human_is_dropped(processor):
+    dirty = [{"from": "gpt", "value": "Welcome."}, *turns("hi <image>", "hello", "no answer follows")]
+    encoded = processor.encode_conversation(dirty, 1)
+    assert "Welcome" not in text_of(processor, encoded["input_ids"])
+    assert "no answer" not in text_of(processor, encoded["input_ids"])
+    assert learned(processor, encoded) == [" hello<|endoftext|>"]
+
+
+def test_image_token_elsewhere_is_text(processor):
+    encoded = processor.encode_conversation(turns("<image>what", "the tag <image>", "and <image>?", "<|endoftext|>"), 1)
+    assert encoded["input_ids"].count(processor.image_token_id) == PATCHES
+    assert encoded["input_ids"].count(0) == 2
+
+
+@pytest.mark.parametrize(
+    ("conversation", "images", "options", "words"),
+    [
+        (turns("what", "x"), 1, {}, "0 <image> .* 1 image"),
+        (turns("<image><image>", "x"), [picture()], {}, "2 <image> .* 1 image"),
+        (turns("<image>", "x"), None, {}, "1 <image> .* 0 image"),
+        (turns("a", " \n"), 0, {}, "answer 1 of 1 is empty"),
+        (turns("a"), 0, {}, "no human turn"),
+        ([{"from": "gpt", "value": "x"}], 0, {}, "no human turn"),
+        ([{"from": "system", "value": "x"}], 0, {}, "turn 1 is from 'system'"),
+        (turns("a", "b")[:1] * 2, 0, {}, "turn 2 is from 'human' again"),
+        (turns("a", "b") + turns("a", "b")[1:], 0, {}, "turn 3 is from 'gpt' again"),
+        (turns("a", "b", "c", "d"), 0, {"template": "plain"}, "2 answers"),
+        (turns("a", "b"), 0, {"template": "v2"}, "template 'v2'"),
+    ],
+)
+def test_dirty_conversations_are_named(processor, conversation, images, options, words):
+    with pytest.raises(ValueError, match=words):
+        processor.encode_conversation(conversation, images, **options)
+
+
+def test_plain_text(processor):
+    encoded = processor.encode_text("once upon <image>")
+    assert encoded["labels"] == encoded["input_ids"]
+    assert encoded["input_ids"][-1] == 0
+    assert processor.image_token_id not in encoded["input_ids"]
+
+
+# ---------------------------------------------------------------------- saving
+
+
+def test_round_trip(processor, tmp_path):
+    processor.image_mode = "crop"
+    processor.save_pretrained(tmp_path)
+    again = VLMambaProcessor.from_pretrained(tmp_path)
+    assert (again.image_mode, again.patch_size, again.vision_cls) == ("crop", 8, False)
+    assert again.image_token_id == processor.image_token_id
+    assert again.tokenizer.padding_side == "left"
+    messages = [user(image_part(), "What <image> is this?")]
+    before, after = (
+        p.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+        for p in (processor, again)
+    )
+    assert before.input_ids.tolist() == after.input_ids.tolist()
+    assert torch.equal(before.pixel_values, after.pixel_values)
+
+
+def test_folder_without_a_processor(tmp_path):
+    with pytest.raises(ValueError, match="no processor_config"):
+        VLMambaProcessor.from_pretrained(tmp_path)
+
+
+def test_stream_of_bytes_is_read_once(processor):
+    stream = io.BytesIO()
+    picture().save(stream, "PNG")
+    assert processor.image_pixels(stream.getvalue()).shape == (3, 24, 24)
