@@ -33,4 +33,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-_register_with_transformers()
+_register_with_transformers("vlmamba.models")

@@ -1,75 +1,66 @@
-"""Makes transformers' Auto classes know VL-Mamba after `import vlmamba`, without importing transformers for it.
+"""Makes transformers' Auto classes know VL-Mamba after `import vlmamba`, without importing anything for it.
 
-Registering at once would cost every `import vlmamba` (and `vlmamba --help`) the seconds that transformers and torch
-take to load. So each registration waits until the module that holds the Auto class is imported, by whomever.
+`AutoConfig.register` and its like want the classes, and so the seconds that transformers and torch take to load, on
+every `import vlmamba` and `vlmamba --help`. transformers' own models are known to it by name instead, in three tables,
+and imported on first use. Ours take the same way: their names are added to the tables, now or as soon as the module
+that holds a table has been imported, and `transformers.models.vlmamba` leads to `vlmamba.models`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
+_MODEL_TYPE, _CONFIG = "vlmamba", "VLMambaConfig"
+_AUTO = "transformers.models.auto."
 
-def _register_config() -> None:
-    from transformers import AutoConfig
-
-    from vlmamba.models.config import VLMambaConfig
-
-    AutoConfig.register(VLMambaConfig.model_type, VLMambaConfig, exist_ok=True)
-
-
-def _register_model() -> None:
-    from transformers import AutoModelForImageTextToText
-
-    from vlmamba.models.config import VLMambaConfig
-    from vlmamba.models.vlm import VLMambaForConditionalGeneration
-
-    AutoModelForImageTextToText.register(VLMambaConfig, VLMambaForConditionalGeneration, exist_ok=True)
-
-
-def _register_processor() -> None:
-    from transformers import AutoProcessor
-
-    from vlmamba.models.config import VLMambaConfig
-    from vlmamba.models.processor import VLMambaProcessor
-
-    AutoProcessor.register(VLMambaConfig, VLMambaProcessor, exist_ok=True)
-
-
-_WAITING: dict[str, Callable[[], None]] = {
-    "transformers.models.auto.configuration_auto": _register_config,
-    "transformers.models.auto.modeling_auto": _register_model,
-    "transformers.models.auto.processing_auto": _register_processor,
+# Module of transformers: its table of names, our class, and the mapping that is built over the table.
+_TABLES = {
+    _AUTO + "configuration_auto": ("CONFIG_MAPPING_NAMES", _CONFIG, None),
+    _AUTO + "modeling_auto": (
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+        "VLMambaForConditionalGeneration",
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    ),
+    _AUTO + "processing_auto": ("PROCESSOR_MAPPING_NAMES", "VLMambaProcessor", "PROCESSOR_MAPPING"),
 }
 
 
+def _add_name(module: ModuleType) -> None:
+    table, name, mapping = _TABLES[module.__name__]
+    getattr(module, table)[_MODEL_TYPE] = name
+    if mapping is not None:
+        getattr(module, mapping)._reverse_config_mapping[_CONFIG] = _MODEL_TYPE
+
+
 class _AfterImport(MetaPathFinder):
-    """Runs the registration that waits for a module right after that module's body."""
+    """Adds our name to a table right after the body of the module that holds it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _WAITING:
+        if fullname not in _TABLES:
             return None
         spec = PathFinder.find_spec(fullname, path)
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
-        def execute_and_register(module: ModuleType) -> None:
+        def execute_and_add(module: ModuleType) -> None:
             execute(module)
-            _WAITING[fullname]()
+            _add_name(module)
 
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_add  # type: ignore[method-assign]
         return spec
 
 
-def install() -> None:
-    """Registers with what is loaded already, and waits for the rest."""
+def install(models: str) -> None:
+    """Registers the classes of the package named `models`."""
+    sys.modules.setdefault(f"transformers.models.{_MODEL_TYPE}", sys.modules[models])
     sys.meta_path.insert(0, _AfterImport())
-    for module, register in _WAITING.items():
-        if module in sys.modules:
-            register()
+    for name in _TABLES:
+        if name in sys.modules:
+            _add_name(sys.modules[name])

@@ -114,7 +114,7 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
             inputs_embeds = self.embed(input_ids, pixel_values)
         elif pixel_values is not None:
             raise ValueError("give images either as pixel_values with input_ids, or inside inputs_embeds")
-        return self.language_model(
+        output = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             cache_params=cache_params,
@@ -126,6 +126,9 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
             num_tokens=self.config.num_text_tokens,
             output_hidden_states=output_hidden_states,
         )
+        if output.logits is not None and self.config.image_token_id < output.logits.shape[-1]:
+            output.logits[..., self.config.image_token_id] = -torch.inf  # a placeholder is never an answer
+        return output
 
     def prepare_inputs_for_generation(
         self,
