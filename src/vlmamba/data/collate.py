@@ -1,0 +1,134 @@
+"""Examples to batches: rows of token ids padded on the right, or several examples packed into a row.
+
+Shapes: B rows, L length, I images, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmamba.data.records import BadSampleError
+
+NO_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised sample.
+
+    Attributes:
+        input_ids, labels: (L,) int64; labels are NO_LABEL where there is no loss.
+        pixels: uint8 (3, H, W) per image, in the order of their placeholders.
+    """
+
+    id: str
+    input_ids: np.ndarray
+    labels: np.ndarray
+    pixels: tuple[np.ndarray, ...] = ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch.
+
+    Attributes:
+        input_ids, labels: (B, L) int64, right-padded; labels are NO_LABEL on questions, images and padding.
+        seq_idx: (B, L) int32, the number of the example within its row, -1 on padding; None when a row is one example.
+        pixels: (I, 3, H, W) uint8, the images of all rows in reading order; None without any.
+        num_labels: labels that a causal model is asked for; num_tokens: tokens that are not padding.
+        ids: of the examples, in reading order; skipped: why samples of this batch were left out.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    seq_idx: Tensor | None
+    pixels: Tensor | None
+    num_labels: int
+    num_tokens: int
+    ids: tuple[str, ...]
+    skipped: tuple[str, ...] = field(default=())
+
+    def to(self, device: torch.device) -> Batch:
+        """A copy on `device`; pinned memory travels in the background."""
+        moved = {
+            name: None if value is None else value.to(device, non_blocking=True)
+            for name in ("input_ids", "labels", "seq_idx", "pixels")
+            for value in [getattr(self, name)]
+        }
+        return replace(self, **moved)  # type: ignore[arg-type]
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's loader where the device is CUDA."""
+        pinned = {
+            name: None if value is None else value.pin_memory()
+            for name in ("input_ids", "labels", "seq_idx", "pixels")
+            for value in [getattr(self, name)]
+        }
+        return replace(self, **pinned)  # type: ignore[arg-type]
+
+
+def truncate(example: Example, max_length: int, image_token_id: int) -> Example:
+    """The first `max_length` tokens.
+
+    Raises:
+        BadSampleError: an image would be cut, or no label is left.
+    """
+    if np.any(example.input_ids[max_length:] == image_token_id):
+        raise BadSampleError(f"{example.id}: its images reach beyond max_length {max_length}")
+    cut = replace(example, input_ids=example.input_ids[:max_length], labels=example.labels[:max_length])
+    if not np.any(cut.labels[1:] != NO_LABEL):
+        raise BadSampleError(f"{example.id}: no answer within max_length {max_length}")
+    return cut
+
+
+def pack_rows(lengths: list[int], budget: int) -> list[list[int]]:
+    """Which examples share a row: first fit, longest first, at most `budget` tokens a row (a longer one stays alone).
+
+    The same for the same lengths; rows are ordered by their first example.
+    """
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        row = next((r for r, room in enumerate(left) if room >= lengths[i]), None)
+        if row is None:
+            rows.append([])
+            left.append(budget)
+            row = len(rows) - 1
+        rows[row].append(i)
+        left[row] -= lengths[i]
+    return sorted((sorted(row) for row in rows), key=lambda row: row[0])
+
+
+def collate(examples: list[Example], pad_id: int, pack_into: int | None = None, skipped: tuple[str, ...] = ()) -> Batch:
+    """A batch of `examples`: one to a row, or packed into rows of at most `pack_into` tokens."""
+    lengths = [len(example.input_ids) for example in examples]
+    rows = [[i] for i in range(len(examples))] if pack_into is None else pack_rows(lengths, pack_into)
+    width = max((sum(lengths[i] for i in row) for row in rows), default=0)
+    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    labels = np.full((len(rows), width), NO_LABEL, dtype=np.int64)
+    seq_idx = np.full((len(rows), width), -1, dtype=np.int32)
+    for r, row in enumerate(rows):
+        start = 0
+        for number, i in enumerate(row):
+            place = slice(start, start + lengths[i])
+            input_ids[r, place] = examples[i].input_ids
+            labels[r, place] = examples[i].labels
+            labels[r, start] = NO_LABEL  # nothing stands before it to predict it from
+            seq_idx[r, place] = number
+            start += lengths[i]
+    order = [examples[i] for row in rows for i in row]
+    pixels = [image for example in order for image in example.pixels]
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        seq_idx=None if pack_into is None else torch.from_numpy(seq_idx),
+        pixels=torch.from_numpy(np.stack(pixels)) if pixels else None,
+        num_labels=int((labels != NO_LABEL).sum()),
+        num_tokens=sum(lengths),
+        ids=tuple(example.id for example in order),
+        skipped=skipped,
+    )

@@ -1,0 +1,164 @@
+"""From the `model` section of a recipe to a model and its processor: existing parts, fresh parts, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, MambaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
+from transformers.utils import logging as transformers_logging
+
+from vlmamba.models.config import VLMambaConfig
+from vlmamba.models.mamba import VLMambaForCausalLM
+from vlmamba.models.processor import GPT_NEOX, VLMambaProcessor, build_image_processor, load_image_processor
+from vlmamba.models.vision import VisionTower, build_vision_tower
+from vlmamba.models.vlm import VLMambaForConditionalGeneration
+from vlmamba.models.weights import load_language, load_vision
+from vlmamba.training.config import ConfigError, ModelConfig
+
+STAGE = "stage:"
+MODEL_FOLDER = "model"
+"""Where in its run folder a finished run keeps its model."""
+
+Model = VLMambaForConditionalGeneration | VLMambaForCausalLM
+
+
+def resolve(config: ModelConfig, pipeline: Path) -> ModelConfig:
+    """`stage:NAME` replaced by that stage's finished model, in the folder of a pipeline's runs."""
+
+    def found(value: Any) -> Any:
+        if not isinstance(value, str) or not value.startswith(STAGE):
+            return value
+        folder = pipeline / value.removeprefix(STAGE)
+        folder = folder if (folder / "tokenizer.json").is_file() else folder / MODEL_FOLDER
+        if not folder.is_dir():
+            raise ConfigError(f"model: {value} is not there yet ({folder}); run that stage first")
+        return str(folder)
+
+    return replace(
+        config,
+        path=found(config.path),
+        vision=found(config.vision),
+        language=found(config.language),
+        tokenizer=found(config.tokenizer),
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars of transformers' own for loading and saving, in between our lines."""
+    if not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+def build(config: ModelConfig, image_mode: str) -> tuple[Model, VLMambaProcessor]:
+    """The model in float32 on the CPU, and the processor that prepares its data.
+
+    Raises:
+        ValueError: a part that cannot be found, or parts that do not fit.
+    """
+    if config.path is not None:
+        processor = VLMambaProcessor.from_pretrained(config.path)
+        processor.image_mode = image_mode
+        return VLMambaForConditionalGeneration.from_pretrained(config.path, dtype=torch.float32), processor
+    tokenizer = _tokenizer(config)
+    language = _language(config.language, tokenizer)
+    if config.vision is None:
+        return language, _text_processor(tokenizer)
+    tower, image_processor = _vision(config)
+    processor = VLMambaProcessor(image_processor, tokenizer, tower.patch_size, config.vision_cls, image_mode)
+    model = VLMambaForConditionalGeneration(
+        VLMambaConfig(
+            vision_config=tower.config,
+            text_config=language.config,
+            connector=config.connector,
+            scan=config.scan,
+            scan_weights=config.scan_weights,
+            vision_layer=config.vision_layer,
+            vision_cls=config.vision_cls,
+            image_token_id=processor.image_token_id,
+            num_text_tokens=_num_text_tokens(tokenizer, processor.image_token_id),
+        )
+    )
+    model.vision_tower = tower
+    model.language_model = language
+    return model, processor
+
+
+def save(model: Model, processor: VLMambaProcessor, folder: Path) -> None:
+    """Model and processor in one folder, as `from_pretrained` loads them."""
+    model.save_pretrained(folder)
+    if isinstance(model, VLMambaForConditionalGeneration):
+        processor.save_pretrained(folder)
+    else:
+        processor.tokenizer.save_pretrained(folder)
+
+
+def _num_text_tokens(tokenizer: PreTrainedTokenizerFast, image_token_id: int) -> int:
+    """Entries that may be generated: all below the placeholder if it is the last, else all."""
+    return image_token_id if image_token_id == len(tokenizer) - 1 else len(tokenizer)
+
+
+def _tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
+    named = config.tokenizer or (config.language if isinstance(config.language, str) else None)
+    if named is None:
+        raise ConfigError("model.tokenizer: a language model from scratch needs one; name a folder or a Hub id")
+    try:
+        return AutoTokenizer.from_pretrained(named)
+    except (OSError, ValueError, KeyError) as error:
+        if config.tokenizer is not None:
+            raise ValueError(f"model.tokenizer: {named} holds no tokenizer ({error})") from None
+        return AutoTokenizer.from_pretrained(GPT_NEOX)  # state-spaces/mamba-* come without their tokenizer
+
+
+def _language(source: str | Mapping[str, Any] | None, tokenizer: PreTrainedTokenizerFast) -> VLMambaForCausalLM:
+    if isinstance(source, str):
+        if _is_vlmamba(source):
+            whole = VLMambaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+            return whole.language_model
+        return load_language(source)[0]
+    # Rows up to a multiple of 64, so that the head's product runs on whole tiles.
+    rows = -(-len(tokenizer) // 64) * 64
+    fields = {"vocab_size": rows, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return VLMambaForCausalLM(_configure(MambaConfig, fields | dict(source or {}), "model.language"))
+
+
+def _vision(config: ModelConfig) -> tuple[VisionTower, Any]:
+    """The tower and its image processor."""
+    source, layer, cls = config.vision, config.vision_layer, config.vision_cls
+    if isinstance(source, str):
+        if _is_vlmamba(source):
+            whole = VLMambaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+            return whole.vision_tower, VLMambaProcessor.from_pretrained(source).image_processor
+        tower = load_vision(source, layer, cls)
+        return tower, load_image_processor(source, tower.config)
+    fresh = _configure(SiglipVisionConfig, dict(source or {}), "model.vision")
+    return build_vision_tower(fresh, layer, cls), build_image_processor(fresh)
+
+
+def _configure(kind: Any, fields: dict[str, Any], where: str) -> Any:
+    """A transformers config; a field that it does not declare is an error, not an attribute."""
+    known = vars(kind()).keys()
+    for field in fields:
+        if field not in known:
+            raise ConfigError(f"{where}.{field}: {kind.__name__} has no such field")
+    return kind(**fields)
+
+
+def _text_processor(tokenizer: PreTrainedTokenizerFast) -> VLMambaProcessor:
+    """For a language model alone: its images are never asked for."""
+    return VLMambaProcessor(build_image_processor(SiglipVisionConfig()), tokenizer)
+
+
+def _is_vlmamba(source: str) -> bool:
+    return (Path(source) / "processor_config.json").is_file()

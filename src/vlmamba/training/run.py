@@ -1,0 +1,213 @@
+"""One run: from a recipe to a folder with a model that `from_pretrained` loads.
+
+OUTPUT/config.yaml, versions.json   what was asked for, and of what software
+OUTPUT/metrics.jsonl, curve.svg     what happened
+OUTPUT/checkpoints/                 the state to go on from
+OUTPUT/model/                       the result; it is there only when the run is finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+import yaml
+from torch import nn
+
+import vlmamba
+from vlmamba.data.encoding import Encoder
+from vlmamba.data.loading import Feed, MicroBatches
+from vlmamba.data.sampling import Order
+from vlmamba.data.sources import open_source
+from vlmamba.models.processor import VLMambaProcessor
+from vlmamba.training import build
+from vlmamba.training.card import write_card
+from vlmamba.training.config import PARTS, ConfigError, RunConfig, to_mapping
+from vlmamba.training.curve import draw_curves
+from vlmamba.training.metrics import Logger, read_metrics
+from vlmamba.training.optimizer import MODULES, freeze, make_optimizer, parameter_groups, part_of
+from vlmamba.training.step import Step
+from vlmamba.training.trainer import Trainer
+
+_FREE = ("output", "workers", "device", "logging", "checkpoint")
+"""What may differ between the sittings of a run: it does not change what is computed."""
+
+
+def run(config: RunConfig) -> Path:
+    """Trains as the recipe says, or goes on where an earlier sitting stopped; returns the model's folder.
+
+    A run that is finished is left alone.
+
+    Raises:
+        ConfigError: the output folder holds a run of another recipe.
+        Interrupted (a SystemExit): SIGTERM or SIGINT came; the state was saved.
+        NonFiniteError, BadDataError, CheckpointError: as they say.
+    """
+    folder = Path(config.output)
+    result = folder / build.MODEL_FOLDER
+    _claim(folder, config)
+    if result.is_dir():
+        print(f"{folder}: finished already; its model is in {result}", flush=True)
+        return result
+    device = pick_device(config.device)
+    _seed(config.seed)
+    with build.quiet():
+        model, processor = build.build(config.model, config.stage.image_mode)
+    freeze(model, config.stage)
+    prepare(model, config, device)
+    logger = Logger(folder, folder.name, config.logging.tensorboard)
+    try:
+        groups = parameter_groups(model, config.stage)
+        optimizer = make_optimizer(groups, config.optim, device)
+        step = Step(model, optimizer, device, processor.normalise, config.optim.grad_clip, config.optim.bf16)
+        trainer = Trainer(config, step, make_feed(config, processor, device), folder, logger)
+        for line in summary(model, config, trainer, device):
+            logger.say(line)
+        trainer.resume()
+        trainer.train()
+        _finish(model, processor, config, trainer, result)
+        logger.say(f"finished in {trainer.progress.seconds / 60:.1f} minutes: {result}")
+    finally:
+        logger.close()
+    return result
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: {name!r} is unknown; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: {name!r} was asked for, but torch sees no CUDA device here")
+    return device
+
+
+def prepare(model: nn.Module, config: RunConfig, device: torch.device) -> None:
+    """Moves the model to its device in training mode; frozen parts stay in evaluation mode."""
+    model.to(device).train()
+    for part in PARTS:
+        module = getattr(model, MODULES[part], None)
+        if module is not None and getattr(config.stage, part).lr == 0:
+            module.eval()
+    language = getattr(model, MODULES["language"], model)
+    language.train()  # a frozen language model still has to give its loss without logits; it has no dropout
+    if config.optim.checkpoint_activations:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.optim.compile:
+        model.compile()
+
+
+def make_feed(config: RunConfig, processor: VLMambaProcessor, device: torch.device) -> Feed:
+    """The run's data, in order."""
+    optim = config.optim
+    sources = [open_source(source, processor.num_image_tokens) for source in config.data]
+    order = Order([s.supply for s in sources], optim.global_batch, config.seed, optim.group_by_length)
+    encoder = Encoder(processor, config.stage.template, config.stage.image_mode, optim.max_length)
+    pad_id = processor.tokenizer.pad_token_id
+    data = MicroBatches(sources, encoder, pad_id, optim.max_length if optim.pack else None)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are processes already
+    return Feed(data, order, optim.micro_batch, config.workers, pinned=device.type == "cuda")
+
+
+def summary(model: nn.Module, config: RunConfig, trainer: Trainer, device: torch.device) -> Iterator[str]:
+    """What is about to be trained, on what, for how long."""
+    sizes = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        sizes[part_of(name)] += parameter.numel()
+    for part, size in sizes.items():
+        if size:
+            lr = getattr(config.stage, part).lr
+            yield f"{part}: {size / 1e6:.2f}M parameters, {f'learning rate {lr:g}' if lr else 'frozen'}"
+    optim = config.optim
+    budget = "" if optim.time_budget is None else f" or {optim.time_budget:g} minutes"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    yield (
+        f"{trainer.total_steps} steps{budget} of {optim.global_batch} samples "
+        f"(micro-batches of {optim.micro_batch}) on {name}, {config.workers} loader workers"
+    )
+
+
+def _finish(model: Any, processor: VLMambaProcessor, config: RunConfig, trainer: Trainer, result: Path) -> None:
+    """Writes the model aside and renames it, so that a result is whole or absent."""
+    folder = result.parent
+    lines = read_metrics(trainer.logger.file)
+    draw_curves({folder.name: lines}, folder / "curve.svg")
+    scratch = folder / f".writing-{result.name}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    with build.quiet():
+        build.save(model, processor, scratch)
+    write_card(scratch, model, config, trainer.progress.seconds, lines[-1]["loss"] if lines else None)
+    os.replace(scratch, result)
+
+
+def _claim(folder: Path, config: RunConfig) -> None:
+    """Makes the run's folder, or checks that the one there belongs to the same recipe."""
+    asked = {key: value for key, value in to_mapping(config).items() if key not in _FREE}
+    file = folder / "config.yaml"
+    if file.is_file():
+        stored = yaml.safe_load(file.read_text())
+        differing = list(_differences({k: v for k, v in stored.items() if k not in _FREE}, asked))
+        if differing:
+            raise ConfigError(
+                f"{folder}: holds a run of another recipe ({'; '.join(differing[:5])}). Name another output folder, "
+                "or remove that one"
+            )
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder}: is not empty and holds no run (no config.yaml); name another output folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False))
+    (folder / "versions.json").write_text(json.dumps(versions(), indent=1))
+
+
+def _differences(stored: Any, asked: Any, name: str = "") -> Iterator[str]:
+    if isinstance(stored, dict) and isinstance(asked, dict):
+        for key in [*stored, *(k for k in asked if k not in stored)]:
+            yield from _differences(stored.get(key), asked.get(key), f"{name}.{key}".lstrip("."))
+    elif stored != asked:
+        yield f"{name} was {stored}, now {asked}"
+
+
+def versions() -> dict[str, str | None]:
+    """Of everything that a run's numbers depend on."""
+    return {
+        "vlmamba": vlmamba.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "git": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the source that runs, with a `+` if it was changed since; None outside a repository."""
+    here = Path(__file__).parent
+    try:
+        commit, changed = (
+            subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "."))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed else "")
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

@@ -1,0 +1,152 @@
+"""A pipeline: stages one after another, each a recipe, each taking what it needs from those before it.
+
+OUTPUT/tokenizer/     learned first, where the pipeline asks for it
+OUTPUT/<stage>/       a run folder for every stage
+OUTPUT/model/         the last stage's model, in the dtype to be shipped
+OUTPUT/curves.svg, pipeline.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from vlmamba.data.scenes import World
+from vlmamba.models.processor import VLMambaProcessor
+from vlmamba.models.template import SYSTEM
+from vlmamba.models.vlm import VLMambaForConditionalGeneration
+from vlmamba.training import build
+from vlmamba.training.config import (
+    ConfigError,
+    PipelineConfig,
+    RunConfig,
+    TokenizerConfig,
+    load_config,
+    load_pipeline,
+    recipes_folder,
+)
+from vlmamba.training.curve import draw_curves
+from vlmamba.training.metrics import read_metrics
+from vlmamba.training.run import run
+from vlmamba.training.tokenizer import train_tokenizer
+
+PIPELINE_FILE = "pipeline.yaml"
+TOKENIZER = "tokenizer"
+
+
+def run_pipeline(name: str | Path, output: str | Path, overrides: Sequence[str] = ()) -> Path:
+    """Runs every stage that is not finished and returns the final model's folder.
+
+    Args:
+        name: a folder with a pipeline.yaml, or the name of a shipped one (`nano`).
+        output: where all run folders go.
+        overrides: dotted assignments for every stage, or for one: `2-instruct.optim.max_steps=100`. Those that begin
+            with `tokenizer.` or `export` are the pipeline's own.
+
+    Raises:
+        ConfigError: as `run`; all recipes are read before the first stage starts.
+    """
+    folder, output = find_pipeline(name), Path(output)
+    config = read_pipeline(folder, overrides)
+    recipes = [stage_config(folder, config, stage, output, overrides) for stage in config.stages]
+    if config.tokenizer is not None:
+        learn_tokenizer(config.tokenizer, output / TOKENIZER)
+    for stage, recipe in zip(config.stages, recipes, strict=True):
+        print(f"stage {stage}", flush=True)
+        run(replace(recipe, model=build.resolve(recipe.model, output)))
+    summarise(output, config)
+    return export(output / config.stages[-1] / build.MODEL_FOLDER, output / build.MODEL_FOLDER, config)
+
+
+def find_pipeline(name: str | Path) -> Path:
+    """The folder of a pipeline."""
+    for folder in (Path(name), recipes_folder() / name):
+        if (folder / PIPELINE_FILE).is_file():
+            return folder
+    shipped = sorted(p.parent.name for p in recipes_folder().glob(f"*/{PIPELINE_FILE}"))
+    raise ConfigError(f"{name}: no folder with a {PIPELINE_FILE}; shipped pipelines: {', '.join(shipped)}")
+
+
+def read_pipeline(folder: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+    """The pipeline's own file, with the overrides that concern it."""
+    return load_pipeline(folder / PIPELINE_FILE, [o for o in overrides if _is_own(o)])
+
+
+def stage_config(
+    folder: Path, config: PipelineConfig, stage: str, output: Path, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """One stage's recipe, with the overrides for all stages and for this one."""
+    chosen = [_for_stage(override, stage, config.stages) for override in overrides if not _is_own(override)]
+    return load_config(folder / f"{stage}.yaml", [o for o in chosen if o is not None], output=str(output / stage))
+
+
+def learn_tokenizer(config: TokenizerConfig, folder: Path) -> None:
+    """Learns the tokenizer, unless it is there."""
+    if (folder / "tokenizer.json").is_file():
+        return
+    started = time.perf_counter()
+    tokenizer = train_tokenizer(_texts(config), config.vocab_size)
+    scratch = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    tokenizer.save_pretrained(scratch)
+    os.replace(scratch, folder)
+    print(f"tokenizer of {len(tokenizer)} entries learned in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def _texts(config: TokenizerConfig) -> Iterator[str]:
+    """Scene texts, and now and then the words of the conversation template."""
+    world = World(config.scenes.seed, config.scenes.split)
+    for index in range(config.samples):
+        yield world.text(index)
+        if index % 20 == 0:
+            yield f"{SYSTEM} USER: \n ASSISTANT: "
+
+
+def export(source: Path, target: Path, config: PipelineConfig) -> Path:
+    """The model in the dtype to be shipped (A_log, D and dt bias stay float32), with processor and card.
+
+    Raises:
+        ConfigError: it takes more than `export_size_limit` MB.
+    """
+    scratch = target.with_name(f".writing-{target.name}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    with build.quiet():
+        model = VLMambaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+        model.to(getattr(torch, config.export_dtype)).save_pretrained(scratch)
+    VLMambaProcessor.from_pretrained(source).save_pretrained(scratch)
+    shutil.copy(source / "README.md", scratch)
+    size = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file()) / 1e6
+    if config.export_size_limit and size > config.export_size_limit:
+        raise ConfigError(f"{source}: takes {size:.1f} MB exported; export_size_limit is {config.export_size_limit:g}")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(scratch, target)
+    print(f"{target}: {size:.1f} MB", flush=True)
+    return target
+
+
+def summarise(output: Path, config: PipelineConfig) -> None:
+    """One picture of all loss curves, and time and final loss of every stage."""
+    metrics = {stage: read_metrics(output / stage / "metrics.jsonl") for stage in config.stages}
+    draw_curves(metrics, output / "curves.svg")
+    rows = {stage: lines[-1] for stage, lines in metrics.items() if lines}
+    (output / "pipeline.json").write_text(json.dumps(rows, indent=1))
+
+
+def _is_own(override: str) -> bool:
+    """Whether an override concerns pipeline.yaml itself."""
+    return override.removeprefix("--").startswith(("tokenizer.", "export_"))
+
+
+def _for_stage(override: str, stage: str, stages: Sequence[str]) -> str | None:
+    """The override as the stage's recipe takes it; None if it is for another stage."""
+    first, _, rest = override.removeprefix("--").partition(".")
+    if first not in stages:
+        return override
+    return rest if first == stage else None

@@ -1,0 +1,194 @@
+"""The loop around the step: data, schedule, log, checkpoints, signals."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from vlmamba.data.collate import Batch
+from vlmamba.data.loading import Feed
+from vlmamba.training import checkpoint
+from vlmamba.training.config import RunConfig
+from vlmamba.training.metrics import Interval, Logger, forget_after
+from vlmamba.training.optimizer import rate_at, set_rates
+from vlmamba.training.step import Step, StepResult
+
+INTERRUPTED = 75
+"""Exit code of a run that was told to stop and saved its state (EX_TEMPFAIL: start it again and it goes on)."""
+
+
+class Interrupted(SystemExit):
+    """SIGTERM or SIGINT came; a checkpoint was written. Exits with code 75 where nobody catches it."""
+
+    def __init__(self, saved: Path):
+        super().__init__(INTERRUPTED)
+        self.saved = saved
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient became NaN or infinite; the batch was written to a file."""
+
+
+class BadDataError(RuntimeError):
+    """Too large a share of the samples could not be used."""
+
+
+class Trainer:
+    """Trains until the schedule ends, and can stop and go on at any step.
+
+    Args:
+        config: the run's recipe.
+        step: what a step is.
+        feed: micro-batches by step.
+        folder: the run's folder.
+        logger: where lines go.
+    """
+
+    def __init__(self, config: RunConfig, step: Step, feed: Feed, folder: Path, logger: Logger):
+        self.config, self.step, self.feed, self.folder, self.logger = config, step, feed, folder, logger
+        self.progress = checkpoint.Progress()
+        self.total_steps = config.optim.max_steps or max(1, round(feed.order.steps_per_epoch * config.optim.epochs))
+        self._stop = threading.Event()
+        self._unchecked: tuple[StepResult, list[Batch]] | None = None
+
+    def resume(self) -> bool:
+        """Takes up the newest whole checkpoint, if there is one."""
+        found = checkpoint.find_latest(self.folder / "checkpoints")
+        if found is None:
+            return False
+        self.progress = checkpoint.load(found, self.step.model, self.step.optimizer, self.step.device)
+        forget_after(self.logger.file, self.progress.step)
+        self.logger.say(f"going on from {found.name}")
+        return True
+
+    def train(self) -> None:
+        """Runs to the end.
+
+        Raises:
+            Interrupted: after SIGTERM or SIGINT, state saved.
+            NonFiniteError, BadDataError, CheckpointError: as they say.
+        """
+        started, before = time.perf_counter(), self.progress.seconds
+        batches = self.feed.batches(self.progress.step)
+        interval, first = Interval(), self.progress.step
+        restore = self._listen()
+        try:
+            while (share := self.share_done()) < 1.0:
+                self._one_step(batches, share, interval)
+                self.progress.seconds = before + time.perf_counter() - started
+                share = self.share_done()
+                self.logger.advance(share)
+                done, step = share >= 1.0 or self._stop.is_set(), self.progress.step
+                if done or step % self.config.logging.every == 0:
+                    self._log(interval, share, first)
+                    interval = Interval()
+                if done or step % self.config.checkpoint.every == 0:
+                    saved = self._save()
+                    if self._stop.is_set() and share < 1.0:
+                        self.logger.say(f"told to stop: saved {saved}; the same command goes on from there")
+                        raise Interrupted(saved)
+        finally:
+            restore()
+            self.feed.close()
+
+    def share_done(self) -> float:
+        """From 0 to 1: by steps, or by time where there is a budget and it is further along."""
+        by_steps = self.progress.step / self.total_steps
+        budget = self.config.optim.time_budget
+        return by_steps if budget is None else max(by_steps, self.progress.seconds / (60 * budget))
+
+    def _one_step(self, batches: Iterator[list[Batch]], share: float, interval: Interval) -> None:
+        waiting = time.perf_counter()
+        micro_batches = next(batches)
+        waited = time.perf_counter() - waiting
+        # The rate is that of the step about to be made, so that the first and the last one move something.
+        ahead = max(share, (self.progress.step + 1) / (self.total_steps + 1))
+        set_rates(self.step.optimizer, rate_at(ahead, self.config.optim))
+        result = self.step(micro_batches)
+        interval.add(result, waited)
+        self._check()
+        self._unchecked = (result, micro_batches)
+        self.progress.step += 1
+        self.progress.samples += sum(len(b.ids) for b in micro_batches)
+        self.progress.tokens += result.tokens
+        self._report_skipped(micro_batches)
+
+    def _check(self) -> None:
+        """Looks at the step before the last: its numbers are there by now, so the device need not wait."""
+        if self._unchecked is None:
+            return
+        (result, micro_batches), self._unchecked = self._unchecked, None
+        loss, norm = result.read()
+        if not (abs(loss) < float("inf") and abs(norm) < float("inf")):
+            file = self.folder / f"nonfinite-step-{self.progress.step}.pt"
+            torch.save([vars(batch) for batch in micro_batches], file)
+            raise NonFiniteError(
+                f"step {self.progress.step}: loss {loss}, gradient norm {norm}. The batch is in {file}; checkpoints "
+                "hold the state before it. A lower learning rate, or a look at the samples named there, may help"
+            )
+
+    def _report_skipped(self, micro_batches: list[Batch]) -> None:
+        reasons = [reason for batch in micro_batches for reason in batch.skipped]
+        if not reasons:
+            return
+        with (self.folder / "skipped.jsonl").open("a") as handle:
+            handle.writelines(json.dumps({"step": self.progress.step, "reason": r}) + "\n" for r in reasons)
+        self.progress.skipped += len(reasons)
+        read = self.progress.samples + self.progress.skipped
+        # A handful of bad samples at the start says nothing about the share.
+        if self.progress.skipped > max(10, self.config.max_bad_share * read):
+            raise BadDataError(
+                f"{self.progress.skipped} of {read} samples could not be used (most allowed: max_bad_share "
+                f"{self.config.max_bad_share:.1%}); the last: {reasons[-1]}. All are in {self.folder / 'skipped.jsonl'}"
+            )
+
+    def _log(self, interval: Interval, share: float, first: int) -> None:
+        done = self.progress.step - first
+        elapsed = time.perf_counter() - interval.started
+        pace = elapsed / max(len(interval.results), 1)
+        eta = (self.total_steps - self.progress.step) * pace
+        if self.config.optim.time_budget:
+            eta = min(eta, 60 * self.config.optim.time_budget - self.progress.seconds)
+        assert done > 0
+        lr = self.step.optimizer.param_groups[0]
+        self.logger.log(
+            interval.line(
+                step=self.progress.step,
+                progress=share,
+                lr=lr["lr"] / lr["peak_lr"],
+                skipped=self.progress.skipped,
+                elapsed=self.progress.seconds,
+                eta=max(0.0, eta),
+                device=self.step.device,
+            )
+        )
+
+    def _save(self) -> Path:
+        self._check()
+        folder, keep = self.folder / "checkpoints", self.config.checkpoint.keep
+        return checkpoint.save(folder, self.step.model, self.step.optimizer, self.progress, keep)
+
+    def _listen(self) -> Any:
+        """Has SIGTERM and SIGINT end the run after the current step; a second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            return lambda: None
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self._stop.set()
+            signal.signal(number, signal.SIG_DFL)
+
+        previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def restore() -> None:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+        return restore
