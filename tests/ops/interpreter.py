@@ -1,0 +1,41 @@
+"""Lets the Triton kernels run on this machine: on its GPU, or in Triton's interpreter. Import before any kernel module.
+
+Triton 3.6's interpreter calls `int()` on one-element arrays, which numpy >= 2.4 refuses: `item()` takes its place.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+triton = pytest.importorskip("triton")
+
+if DEVICE == "cpu":
+    from triton.runtime import interpreter
+
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_index(tensor: type, scope: interpreter._LangPatchScope) -> None:
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patch_index
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.empty` gives NaN, so an element that a kernel leaves out shows."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        make = getattr(owner, name)
+
+        def filled(*args: object, make=make, **kwargs: object) -> torch.Tensor:
+            t = make(*args, **kwargs)
+            return t.fill_(float("nan")) if t.is_floating_point() else t
+
+        monkeypatch.setattr(owner, name, filled)
