@@ -193,8 +193,7 @@ def _store_input_grad(
         tl.store(dx + (row * length + p) * dim + d, grad.to(dx.dtype.element_ty), mask=in_d)
     if HAS_INITIAL:
         if step < 0:
-            i_row = b * (W - 1) + step + (W - 1)
-            tl.store(dinitial + i_row * dim + d, grad.to(dinitial.dtype.element_ty), mask=in_d)
+            tl.store(dinitial + (b * (W - 1) + step + W - 1) * dim + d, grad.to(dinitial.dtype.element_ty), mask=in_d)
 
 
 def conv_rows(
