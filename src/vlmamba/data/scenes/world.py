@@ -1,0 +1,206 @@
+"""The world: samples of pictures with captions, descriptions and questions, each a pure function of its number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from random import Random
+
+from PIL import Image
+
+from vlmamba.data.scenes import objects, options, pages, read, related, seen
+from vlmamba.data.scenes.deck import Deck
+from vlmamba.data.scenes.describe import caption, description
+from vlmamba.data.scenes.question import Asker, Question
+from vlmamba.data.scenes.render import render
+from vlmamba.data.scenes.scene import SIDE, Scene
+
+Form = Callable[[Asker], Question | None]
+
+SPLITS = ("train", "validation", "test", "held-out")
+# How often each kind of picture comes.
+KINDS: dict[str, float] = {
+    "rows": 0.24,
+    "free": 0.14,
+    "crowd": 0.18,
+    "odd": 0.06,
+    "text": 0.2,
+    "table": 0.1,
+    "chart": 0.08,
+}
+_COMPOSERS: dict[str, Callable[[Random, bool], Scene]] = {
+    "rows": objects.compose_rows,
+    "free": objects.compose_free,
+    "crowd": objects.compose_crowd,
+    "odd": objects.compose_odd,
+    "text": pages.compose_text,
+    "table": pages.compose_table,
+    "chart": pages.compose_chart,
+}
+_OBJECTS: tuple[tuple[Form, float], ...] = (
+    (seen.naming_place, 3),
+    (seen.naming_only, 1),
+    (seen.naming_extreme, 1),
+    (seen.colour, 1.5),
+    (seen.shape, 1),
+    (seen.size, 1),
+    (seen.pattern, 1),
+    (seen.exists_thing, 1.2),
+    (seen.exists_shape, 1.2),
+    (seen.exists_kind, 0.6),
+    (seen.larger, 1.6),
+    (related.side, 2.5),
+    (related.beside, 2.5),
+    (related.end, 0.8),
+    (related.between, 1),
+    (related.nearest, 0.6),
+    (related.place, 1),
+    (related.two_steps, 3),
+    (related.extreme_step, 1),
+    (read.word, 1.5),
+    (read.number, 1.5),
+    (options.which_is_here, 0.4),
+    (options.which_shape_is_here, 0.3),
+    (options.thing_at, 0.5),
+    (options.colour_of, 0.3),
+    (options.describe_it, 0.25),
+    (options.list_things, 0.15),
+    (options.tell_where, 0.25),
+)
+_FORMS: dict[str, tuple[tuple[Form, float], ...]] = {
+    "rows": _OBJECTS,
+    "free": _OBJECTS,
+    "crowd": (
+        *((form, weight / 4) for form, weight in _OBJECTS),
+        (seen.count, 9),
+        (seen.compare_counts, 9),
+        (options.count_of, 1),
+    ),
+    "odd": ((seen.odd, 6), (seen.usual, 2), (seen.exists_kind, 1), (seen.exists_thing, 1), (options.describe_it, 0.5)),
+    "text": (
+        (read.word, 8),
+        (read.letter, 3),
+        (read.number, 5),
+        (read.exists_word, 1.5),
+        (read.total, 6),
+        (read.larger_number, 3),
+        (read.parity, 1),
+        (read.expression, 5),
+        (read.operand, 2),
+        (seen.text_colour, 1.5),
+        (seen.exists_thing, 0.5),
+        (seen.naming_only, 0.5),
+        (options.word_here, 1),
+        (options.describe_it, 0.5),
+    ),
+    "table": (
+        (read.keyed, 8),
+        (read.cell, 4),
+        (read.cell_beside, 4),
+        (read.cell_place, 2),
+        (read.cell_exists, 1.5),
+        (read.table_size, 1),
+        (options.which_is_here, 0.5),
+        (options.describe_it, 0.3),
+    ),
+    "chart": (
+        (read.bar_value, 5),
+        (read.bar_end, 4),
+        (read.bar_compare, 5),
+        (read.bar_count, 0.7),
+        (read.bar_colour, 1.5),
+        (options.highest_bar, 1),
+        (options.describe_it, 0.3),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SceneSample:
+    """A picture (RGB, size x size), a caption of one sentence, a dense description, and questions with answers."""
+
+    image: Image.Image
+    caption: str
+    description: str
+    questions: list[Question]
+
+
+class World:
+    """A world of pictures, all drawn from one seed.
+
+    `split` is one of SPLITS: "held-out" asks only what turns on combinations that the others never show. `kinds` gives
+    weights to kinds of picture (see KINDS), `questions` the most asked of one picture. Sample `index` depends on
+    (seed, split, index), on nothing else but the fonts at hand; the pictures of two splits are unrelated.
+    Raises ValueError for an unknown split or kind, a size below 32 or no positive weight.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        split: str = "train",
+        size: int = SIDE,
+        *,
+        questions: int = 8,
+        kinds: Mapping[str, float] | None = None,
+    ) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
+        if size < 32:
+            raise ValueError(f"size is {size}; pictures smaller than 32 px cannot hold a scene")
+        weights = dict(KINDS if kinds is None else kinds)
+        if unknown := set(weights) - set(KINDS):
+            raise ValueError(f"unknown kinds of picture {sorted(unknown)}; expected some of {', '.join(KINDS)}")
+        if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
+            raise ValueError(f"kinds is {weights}; expected weights of 0 or more, one at least above 0")
+        self.seed, self.split, self.size, self.questions = seed, split, size, questions
+        self._kinds, self._weights = tuple(weights), tuple(weights.values())
+        self._held_out = split == "held-out"
+
+    def sample(self, index: int) -> SceneSample:
+        """Sample number `index`, any integer."""
+        rng, scene = self._scene(index)
+        questions = self._ask(scene, rng)
+        said, told = caption(scene, rng), description(scene, rng)
+        return SceneSample(render(scene, self.size), said, told, questions)
+
+    def text(self, index: int) -> str:
+        """A passage that describes a scene in full and asks about it, without drawing: for language pre-training."""
+        rng, scene = self._scene(index)
+        passage = [description(scene, rng, orders=scene.kind in ("rows", "free", "crowd", "odd"))]
+        passage += [f"question: {q.prompt(False)} answer: {q.answer}" for q in self._ask(scene, rng)]
+        return "\n".join(passage)
+
+    def scene(self, index: int) -> Scene:
+        """The symbolic scene of sample `index`."""
+        return self._scene(index)[1]
+
+    def _scene(self, index: int) -> tuple[Random, Scene]:
+        rng = Random(f"{self.seed}/{self.split}/{index}")
+        while True:
+            kind = rng.choices(self._kinds, self._weights)[0]
+            scene = _COMPOSERS[kind](rng, self._held_out)
+            if not self._held_out or self._ask(scene, Random(0)):
+                return rng, scene
+
+    def _ask(self, scene: Scene, rng: Random) -> list[Question]:
+        """Up to `questions` different questions, forms drawn by weight."""
+        deck = Deck(rng, scene.held_out, scene.background.base)
+        deck.things = [i.name for i in scene.things]
+        deck.taken = {i.name for i in scene.items if i.written}
+        if scene.chart and scene.chart.labelled == "thing":
+            deck.things += scene.chart.labels
+        asker = Asker(scene, deck, rng)
+        forms, weights = map(list, zip(*_FORMS[scene.kind]))
+        asked: dict[tuple[str, str], Question] = {}
+        for _ in range(4 * self.questions):
+            if len(asked) == self.questions or not forms:
+                break
+            place = rng.choices(range(len(forms)), weights)[0]
+            question = forms[place](asker)
+            if question is None:
+                del forms[place], weights[place]
+            elif question.held_out or not scene.held_out:
+                # Not the same question in other words; what has few answers may be asked about several things.
+                key = question.answer if question.choices is None and question.kind == "short" else question.text
+                asked.setdefault((question.form, key), question)
+        return list(asked.values())
