@@ -1,0 +1,181 @@
+"""The command line: `vlmamba ask`, `chat`, `train`, `data scenes`, `eval`, `score`, `info`, `verify`.
+
+The composition root: it alone knows every part of the package. Nothing heavy is imported before a command is known, so
+that `vlmamba --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+# Command: (module, function).
+_HOMES = {
+    "ask": ("talk", "ask"),
+    "chat": ("talk", "chat"),
+    "train": ("learn", "train"),
+    "data scenes": ("learn", "scenes"),
+    "info": ("info", "info"),
+    "verify": ("verify", "verify"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0 done, 1 the command says no, 2 a mistake, 130 interrupted.
+
+    A mistake (a ValueError, a file that cannot be read) is one line on stderr; VLMAMBA_DEBUG=1 shows the traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        name, options = parse(arguments)
+        if name is None:
+            return 0
+        module, function = _HOMES[name]
+        return int(getattr(importlib.import_module(f"vlmamba.commands.{module}"), function)(**options) or 0)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `vlmamba ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        if os.environ.get("VLMAMBA_DEBUG", "0") not in ("", "0"):
+            raise
+        print(f"vlmamba: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def parse(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """The command's name and its options; None when only the help was asked for.
+
+    Raises:
+        ValueError: what the parser does not take.
+    """
+    from jsonargparse import ArgumentError
+
+    parser = build_parser()
+    if not arguments:
+        parser.print_help()
+        return None, {}
+    if arguments[0] == "train":  # `--optim.lr=1e-3` is an override, as `optim.lr=1e-3` is
+        arguments = [a.removeprefix("--") if "." in a.partition("=")[0] and "=" in a else a for a in arguments]
+    try:
+        parsed = parser.parse_args(arguments)
+    except ArgumentError as error:
+        words = _command_of(arguments)
+        message = str(error).replace(".".join(words) + ".", "")  # options are known to the parser as ask.image
+        raise ValueError(f"{message} (see {' '.join(['vlmamba', *words])} --help)") from None
+    name = parsed.command
+    options = parsed[name]
+    if name == "data":
+        name, options = f"data {options.command}", options[options.command]
+    return name, {key.replace("-", "_"): value for key, value in vars(options).items()}
+
+
+def build_parser() -> Any:
+    """The parser of all commands."""
+    from jsonargparse import ArgumentParser
+
+    from vlmamba import __version__
+
+    parser = ArgumentParser(
+        prog="vlmamba",
+        description="VL-Mamba: a vision-language model whose language model is a Mamba.",
+        exit_on_error=False,
+        version=__version__,
+    )
+    commands = parser.add_subcommands(dest="command", required=True, metavar="COMMAND")
+    commands.add_subcommand("ask", _ask(), help="answer a question about an image")
+    commands.add_subcommand("chat", _chat(), help="talk about images; the model's state is kept between turns")
+    commands.add_subcommand("train", _train(), help="run a recipe, or a pipeline of recipes such as nano")
+    data = ArgumentParser(exit_on_error=False, description="Make data.")
+    commands.add_subcommand("data", data, help="make data: vlmamba data scenes")
+    data.add_subcommands(dest="command", required=True, metavar="COMMAND").add_subcommand(
+        "scenes", _scenes(), help="draw scenes of the procedural world and write them as LLaVA and benchmark files"
+    )
+    info = ArgumentParser(exit_on_error=False, description="What is installed, what will run, and what is wrong.")
+    commands.add_subcommand("info", info, help="what is installed, which implementation runs and why")
+    commands.add_subcommand("verify", _verify(), help="compare a Mamba and a vision encoder with transformers'")
+    return parser
+
+
+def _model_options(parser: Any) -> None:
+    parser.add_argument("--model", type=str, default="nano", help="nano (shipped), a folder or a Hub id")
+    parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, mps; auto takes the fastest")
+    parser.add_argument("--dtype", type=str, default="auto", help="float32, bfloat16 or float16; auto: by the device")
+
+
+def _answer_options(parser: Any) -> None:
+    _model_options(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest word; above 0 samples")
+
+
+def _ask() -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, description="Answer a question about an image.")
+    parser.add_argument("image", type=str, help="an image file")
+    parser.add_argument("question", type=str)
+    _answer_options(parser)
+    return parser
+
+
+def _chat() -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, description="Talk about images. /image PATH, /reset, /quit.")
+    parser.add_argument("image", type=str, nargs="?", default=None, help="an image file to begin with")
+    _answer_options(parser)
+    return parser
+
+
+def _train() -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, description="Run a recipe, or a pipeline of recipes.")
+    parser.add_argument("recipe", type=str, help="a YAML file, a shipped recipe (paper/stage1) or pipeline (nano)")
+    parser.add_argument("overrides", type=str, nargs="*", help="dotted assignments, such as optim.lr=1e-3")
+    parser.add_argument("--output", type=str, default=None, help="folder of the run; default: runs/RECIPE")
+    return parser
+
+
+def _scenes() -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, description="Draw scenes and write them with captions and questions.")
+    parser.add_argument("output", type=str, help="folder to write to")
+    parser.add_argument("--count", type=int, default=1000, help="scenes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", type=str, default="train", help="train, test or held-out")
+    return parser
+
+
+def _verify() -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        exit_on_error=False,
+        description="Load a Mamba and a vision encoder, ours and transformers', and compare them in float32.",
+    )
+    parser.add_argument("language", type=str, help="folder or Hub id of a Mamba, such as state-spaces/mamba-130m")
+    parser.add_argument("vision", type=str, help="folder or Hub id of a CLIP or SigLIP")
+    parser.add_argument("--image", type=str, default=None, help="the picture to compare on; default: a drawn one")
+    parser.add_argument("--text", type=str, default=None, help="the text to compare on")
+    parser.add_argument("--device", type=str, default="cpu")
+    return parser
+
+
+def _command_of(arguments: list[str]) -> list[str]:
+    known = {word for name in _HOMES for word in name.split()}
+    return [word for word in arguments[:2] if word in known]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

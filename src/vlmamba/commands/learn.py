@@ -1,0 +1,29 @@
+"""`vlmamba train` and `vlmamba data scenes`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def train(recipe: str, overrides: list[str] | None, output: str | None) -> None:
+    """Runs a recipe or a pipeline; a run that was interrupted goes on where it stopped."""
+    from vlmamba.training.config import ConfigError, load_config, recipes_folder
+
+    changes = list(overrides or [])
+    for change in changes:
+        if "=" not in change:
+            raise ValueError(f"{change!r} is not an override; expected KEY=VALUE, such as optim.lr=1e-3")
+    folder = output or str(Path("runs") / Path(recipe).with_suffix("").name)
+    is_pipeline = any((path / "pipeline.yaml").is_file() for path in (Path(recipe), recipes_folder() / recipe))
+    try:
+        if is_pipeline:
+            from vlmamba.training.stages import run_pipeline
+
+            run_pipeline(recipe, folder, changes)
+            return
+        config = load_config(recipe, changes, **({"output": folder} if output else {}))
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    from vlmamba.training.run import run
+
+    run(config)

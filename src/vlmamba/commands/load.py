@@ -1,0 +1,97 @@
+"""Loading a model by the name a user gives."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from vlmamba.models.processor import VLMambaProcessor
+    from vlmamba.models.vlm import VLMambaForConditionalGeneration
+
+NANO = Path(__file__).resolve().parent.parent / "assets" / "nano"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and its processor, ready to answer."""
+
+    model: VLMambaForConditionalGeneration
+    processor: VLMambaProcessor
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+
+def load(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
+    """The model called `nano`, or in a folder or on the Hub under `name`, and its processor.
+
+    Raises:
+        ValueError: no such model, not a VL-Mamba, a device that is not here, an unknown dtype.
+    """
+    place = pick_device(device)
+    kind = pick_dtype(dtype, place)
+    folder = find_model(name)
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from vlmamba.models.processor import VLMambaProcessor
+    from vlmamba.models.vlm import VLMambaForConditionalGeneration
+
+    disable_progress_bar()
+    try:
+        processor = VLMambaProcessor.from_pretrained(folder)
+        model = VLMambaForConditionalGeneration.from_pretrained(folder, dtype=kind)
+    except OSError as error:
+        raise ValueError(f"{name} cannot be loaded: {error}") from error
+    return Loaded(model.to(place).eval(), processor)
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model: the shipped one for `nano`, the folder itself, or the downloaded Hub repository."""
+    if name == "nano":
+        if not (NANO / "config.json").is_file():
+            raise ValueError(f"the nano model is not in this installation ({NANO}); reinstall, or give --model FOLDER")
+        return NANO
+    from vlmamba.models.weights import fetch
+
+    folder = fetch(name)
+    config = folder / "config.json"
+    kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
+    if kind != "vlmamba":
+        raise ValueError(
+            f"{name} is not a VL-Mamba: "
+            + (f"its config.json has model_type {kind!r}" if config.is_file() else "it holds no config.json")
+            + ". A VL-Mamba of pre-trained parts is made by VLMambaForConditionalGeneration.from_parts"
+        )
+    return folder
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto`: CUDA, else Apple's mps, else the CPU."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name} is unknown; expected auto, cpu, cuda, cuda:N or mps") from error
+    here = {"cpu": 1, "cuda": torch.cuda.device_count() if cuda else 0, "mps": int(mps)}
+    if (device.index or 0) >= here.get(device.type, 0):
+        raise ValueError(f"--device {name} is not here; `vlmamba info` lists the devices")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; `auto`: bfloat16 on CUDA, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"--dtype {name} is unknown; expected auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
