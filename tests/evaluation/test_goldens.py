@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
+from official import golden
 
 from vlmamba.evaluation.scoring import gqa, mmbench, mme, mmvet, pope, scienceqa, vqa
-
-GOLDENS = Path(__file__).parent / "goldens"
-
-
-def golden(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    data = json.loads((GOLDENS / f"{name}.json").read_text(encoding="utf-8"))
-    return data["inputs"], data["expected"]
 
 
 def test_both_vqa_normalisers_agree_on_every_string() -> None:

@@ -1,0 +1,108 @@
+"""The result of one benchmark as a file: everything needed to trust, repeat or compare it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from vlmamba.evaluation.files import fingerprint, load_json, require
+from vlmamba.evaluation.task import Joined, Options, Score, Task
+
+FORMAT = 1
+
+
+def _software() -> str:
+    try:
+        return version("vlmamba")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def weights_hash(folder: Path) -> str:
+    """The first 16 hex digits of the SHA-256 of all weight files of a saved model, in the order of their names."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    if not files:
+        raise ValueError(f"{folder} holds no weights (*.safetensors or *.bin)")
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def build(
+    task: Task, joined: Joined, score: Score, options: Options, folder: Path, run: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A result: run (model, weights, decoding, variant, or the file that was scored), numbers, and every answer."""
+    answers = joined.last
+    rows = []
+    for example in joined.examples:
+        prediction, outcome = answers.get(example.id), score.outcomes.get(example.id)
+        row = {
+            "task": task.name,
+            "id": example.id,
+            "question_id": example.question_id,
+            # As it was asked; of answers that came without, nothing is claimed.
+            "prompt": prediction.prompt if prediction else None,
+            "text": prediction.text if prediction else None,
+            "target": example.target,
+            "skill": example.skill,
+        }
+        if outcome is not None:
+            row |= {"parsed": outcome.parsed, "score": outcome.score}
+        rows.append(row)
+    return {
+        "format": FORMAT,
+        "task": task.name,
+        "title": task.title,
+        "task_version": task.version,
+        "metric": task.metric,
+        "headline": score.headline,
+        "paper": task.paper,
+        "run": dict(run),
+        "options": {
+            "mmbench_rule": options.rule,
+            "judge": options.judge.model if options.judge else None,
+            "few_shot": None if options.few_shot is None else fingerprint(iter([options.few_shot])),
+            "judge_runs": options.runs,
+        },
+        "data": {"folder": str(folder), "questions": fingerprint(f"{e.id}\0{e.target}" for e in joined.examples)},
+        "software": f"vlmamba {_software()}",
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "coverage": joined.coverage(),
+        "notes": score.notes,
+        "metrics": score.metrics,
+        "answers": [row for row in rows if row["text"] is not None or "score" in row],
+    }
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result file, or the one in a run's folder."""
+    path = path / "result.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"there is no result file {path}: `vlmamba eval` and `vlmamba score --json` write them")
+    result = dict(require(load_json(path), ["format", "task", "metrics", "answers"], str(path)))
+    if result["format"] != FORMAT:
+        raise ValueError(f"{path} has format {result['format']}, this version reads {FORMAT}")
+    return result
+
+
+def table(results: Sequence[Mapping[str, Any]], name: str = "this run") -> Table:
+    """The headlines in one row beside the paper's."""
+    grid = Table("model", *(f"{r['title']}\n{r['metric']}" for r in results))
+    if any(r.get("paper") is not None for r in results):
+        grid.add_row("VL-Mamba 2.8b (paper)", *(_number(r.get("paper")) for r in results))
+    grid.add_row(name, *(_number(r["headline"]) for r in results))
+    return grid
+
+
+def _number(value: float | None) -> str:
+    return "not scored" if value is None else f"{value:.1f}"

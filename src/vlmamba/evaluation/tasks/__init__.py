@@ -1,0 +1,24 @@
+"""The eight benchmarks, by name, in the order of the paper's table."""
+
+from __future__ import annotations
+
+from vlmamba.evaluation.task import Task
+from vlmamba.evaluation.tasks.gqa import GQA
+from vlmamba.evaluation.tasks.mmbench import MMBench
+from vlmamba.evaluation.tasks.mme import MME
+from vlmamba.evaluation.tasks.mmvet import MMVet
+from vlmamba.evaluation.tasks.pope import POPE
+from vlmamba.evaluation.tasks.scienceqa import ScienceQA
+from vlmamba.evaluation.tasks.textvqa import TextVQA
+from vlmamba.evaluation.tasks.vqav2 import VQAv2
+
+TASKS: dict[str, Task] = {
+    task.name: task for task in (VQAv2(), GQA(), ScienceQA(), TextVQA(), POPE(), MME(), MMBench(), MMVet())
+}
+
+
+def get_task(name: str) -> Task:
+    """The benchmark called `name`; ValueError that lists them all when there is none."""
+    if name not in TASKS:
+        raise ValueError(f"there is no task {name!r}: there are {', '.join(TASKS)}")
+    return TASKS[name]

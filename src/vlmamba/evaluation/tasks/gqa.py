@@ -1,0 +1,105 @@
+"""GQA, test-dev balanced: compositional questions on real pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlmamba.evaluation.files import (
+    dump_json,
+    find,
+    image_root,
+    load_json,
+    require,
+    require_table,
+    write_atomically,
+)
+from vlmamba.evaluation.scoring.gqa import prediction as convert
+from vlmamba.evaluation.scoring.gqa import score_gqa
+from vlmamba.evaluation.task import SHORT_ANSWER, Example, Joined, Options, Outcome, Prediction, Score, Task
+
+
+class GQA(Task):
+    """A folder as https://cs.stanford.edu/people/dorarad/gqa/download.html gives it:
+
+    testdev_balanced_questions.json (or another tier's)
+    testdev_choices.json            optional: gives validity and plausibility, and turns consistency on
+    images/n161313.jpg ...
+    """
+
+    name = "gqa"
+    folders = ("gqa", "GQA")
+    title = "GQA"
+    version = 1
+    metric = "accuracy"
+    paper = 56.2
+    source = "Questions and images are at https://cs.stanford.edu/people/dorarad/gqa/download.html"
+
+    def _file(self, folder: Path) -> Path | None:
+        name = "testdev_balanced_questions.json"
+        return find(folder, name, f"*/{name}", "*testdev*questions.json", "*_questions.json")
+
+    def annotations(self, folder: Path) -> list[str]:
+        path = self._file(folder)
+        foreign = path is not None and "OpenEnded" in path.name
+        return [] if path and not foreign else ["testdev_balanced_questions.json is missing"]
+
+    def examples(self, folder: Path, variant: str) -> list[Example]:
+        self.require_folder(folder)
+        path = self._file(folder)
+        assert path is not None
+        questions = require_table(load_json(path), str(path))
+        needed = ["question", "imageId", "answer", "isBalanced", "types", "semantic", "groups", "entailed"]
+        for qid, item in questions.items():
+            require(item, needed, f"{path}, question {qid}")
+            require(item["types"], ["structural", "semantic", "detailed"], f"{path}, types of question {qid}")
+        first = f"{next(iter(questions.values()))['imageId']}.jpg"
+        root = image_root(folder, ["images", "data/images", "."], first)
+        return [
+            Example(
+                id=qid,
+                question_id=qid,
+                prompt=item["question"] + SHORT_ANSWER,
+                image=root / f"{item['imageId']}.jpg",
+                target=item["answer"],
+                skill=item["types"]["structural"],
+                data=item,
+            )
+            for qid, item in questions.items()
+        ]
+
+    @staticmethod
+    def _converted(prediction: Prediction) -> str:
+        return prediction.text if prediction.verbatim else convert(prediction.text)
+
+    def score(self, joined: Joined, folder: Path, options: Options) -> Score:
+        questions = {example.id: example.data for example in joined.examples}
+        answers = {qid: self._converted(p) for qid, p in joined.last.items()}
+        choices_file = find(folder, "*choices.json", "*/*choices.json")
+        choices = require_table(load_json(choices_file), str(choices_file)) if choices_file else None
+        lacking = [
+            qid for qid, q in questions.items() if choices is not None and q["isBalanced"] and qid not in choices
+        ]
+        if lacking:
+            raise ValueError(f"{choices_file} has no choices for {len(lacking)} questions, such as {lacking[0]}")
+        # The tiers that come with choices are those whose entailed questions are in the file; the test-dev file
+        # names questions that it does not hold.
+        consistency = choices is not None if options.consistency is None else options.consistency
+        metrics = score_gqa(questions, answers, choices, consistency)
+        outcomes = {
+            qid: Outcome(float(answers.get(qid) == q["answer"]), answers.get(qid, ""))
+            for qid, q in questions.items()
+            if q["isBalanced"]
+        }
+        notes = []
+        if choices is None:
+            notes.append("no choices file: validity and plausibility are 0, as in the official script")
+        if not consistency:
+            notes.append("consistency was not computed and stands at 0, as in the official script")
+        return Score(metrics["accuracy"], metrics, outcomes, notes)
+
+    def write_submission(self, joined: Joined, folder: Path, out: Path) -> Path | None:
+        """`gqa_predictions.json`: [{questionId, prediction}], for the official script and the server."""
+        path = out / "gqa_predictions.json"
+        rows = [{"questionId": qid, "prediction": self._converted(p)} for qid, p in joined.last.items()]
+        write_atomically(path, dump_json(rows))
+        return path

@@ -1,0 +1,122 @@
+"""VQAv2: validation is scored here, test-dev by the challenge's server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vlmamba.evaluation.files import dump_json, find, image_root, load_json, require, require_list, write_atomically
+from vlmamba.evaluation.scoring.vqa import normalize_m4c, score_vqav2, vqa_accuracy
+from vlmamba.evaluation.task import SHORT_ANSWER, Example, Joined, Options, Outcome, Score, Task
+
+
+class VQAv2(Task):
+    """A folder as https://visualqa.org/download.html and http://images.cocodataset.org give it, either
+
+        v2_OpenEnded_mscoco_test-dev2015_questions.json     to be scored by the server
+        v2_OpenEnded_mscoco_test2015_questions.json         optional: the ids that a submission must cover
+        test2015/COCO_test2015_000000000001.jpg ...
+
+    or, scored here (and chosen when both are there),
+
+        v2_OpenEnded_mscoco_val2014_questions.json
+        v2_mscoco_val2014_annotations.json
+        val2014/COCO_val2014_000000000042.jpg ...
+    """
+
+    name = "vqav2"
+    folders = ("vqav2", "VQAv2")
+    title = "VQAv2"
+    version = 1
+    metric = "accuracy"
+    paper = 76.6
+    source = "Questions, annotations and images are at https://visualqa.org/download.html"
+
+    def _files(self, folder: Path) -> tuple[Path | None, Path | None]:
+        """Questions and annotations; no annotations for a test set."""
+        annotations = find(folder, "v2_mscoco_*_annotations.json", "*annotations.json")
+        if annotations is not None:
+            split = annotations.name.removeprefix("v2_mscoco_").removesuffix("_annotations.json")
+            return find(folder, f"*{split}_questions.json", "*val*questions.json"), annotations
+        return find(folder, "*test-dev*questions.json", "*questions.json"), None
+
+    def annotations(self, folder: Path) -> list[str]:
+        questions, annotations = self._files(folder)
+        if questions is None and annotations is not None:
+            return [f"the questions that belong to {annotations.name} are missing"]
+        return [] if questions else ["v2_OpenEnded_mscoco_test-dev2015_questions.json (or val2014's) is missing"]
+
+    def examples(self, folder: Path, variant: str) -> list[Example]:
+        self.require_folder(folder)
+        questions_file, annotations_file = self._files(folder)
+        assert questions_file is not None
+        truths: dict[Any, Any] = {}
+        if annotations_file is not None:
+            top = require(load_json(annotations_file), ["annotations"], str(annotations_file))
+            for item in require_list(top["annotations"], f"{annotations_file}, annotations"):
+                require(item, ["question_id", "question_type", "answer_type", "answers"], str(annotations_file))
+                truths[item["question_id"]] = item
+        top = require(load_json(questions_file), ["questions"], str(questions_file))
+        questions = require_list(top["questions"], f"{questions_file}, questions")
+        for item in questions:
+            require(item, ["question_id", "image_id", "question"], str(questions_file))
+        unanswered = [item["question_id"] for item in questions if truths and item["question_id"] not in truths]
+        if unanswered:
+            raise ValueError(
+                f"{annotations_file} has no answers to {len(unanswered)} questions, such as {unanswered[0]}"
+            )
+        split = "test2015" if annotations_file is None else "val2014"
+        first = f"COCO_{split}_{questions[0]['image_id']:012d}.jpg"
+        root = image_root(folder, [split, "images", "."], first)
+        return [self._example(item, truths.get(item["question_id"]), root, split) for item in questions]
+
+    def _example(self, item: Any, truth: Any, root: Path, split: str) -> Example:
+        answers = [answer["answer"] for answer in truth["answers"]] if truth else []
+        return Example(
+            id=str(item["question_id"]),
+            question_id=item["question_id"],
+            prompt=item["question"] + SHORT_ANSWER,
+            image=root / f"COCO_{split}_{item['image_id']:012d}.jpg",
+            target=", ".join(dict.fromkeys(answers)),
+            skill=truth["answer_type"] if truth else "unscored",
+            data={"question": item["question"], "truth": truth},
+        )
+
+    def score(self, joined: Joined, folder: Path, options: Options) -> Score:
+        if joined.examples[0].data["truth"] is None:
+            outcomes = {e.id: Outcome(None, normalize_m4c(p.text)) for e, p in joined.pairs}
+            return Score(None, {}, outcomes, ["test-dev has no public answers: submit the file to the VQA server"])
+        annotations = [example.data["truth"] for example in joined.examples]
+        raw = {p.question_id: p for p in joined.last.values()}
+        as_is = {e.question_id: p.text for e, p in joined.pairs}
+        # LLaVA sends each answer through TextVQA's normaliser before it submits it; "mother's" can then never match.
+        submitted = {qid: normalize_m4c(text) for qid, text in as_is.items()}
+        reports = {
+            "official_on_raw_results": score_vqav2(annotations, as_is),
+            "official_on_llava_submission": score_vqav2(annotations, submitted),
+        }
+        # A file in the challenge's own format is scored as it stands; an answer file as LLaVA would submit it.
+        verbatim = all(p.verbatim for p in raw.values())
+        chosen, final = ("raw_results", as_is) if verbatim else ("llava_submission", submitted)
+        report = reports[f"official_on_{chosen}"]
+        outcomes = {
+            e.id: Outcome(
+                vqa_accuracy(final.get(e.question_id, ""), e.data["truth"]["answers"]), final.get(e.question_id, "")
+            )
+            for e in joined.examples
+        }
+        metrics = {**{k: v for k, v in report.items() if k != "perQuestion"}, "scored": f"official_on_{chosen}"}
+        return Score(report["overall"], {**metrics, **reports}, outcomes)
+
+    def write_submission(self, joined: Joined, folder: Path, out: Path) -> Path | None:
+        """`vqav2_submission.json`: [{question_id, answer}] over all test2015 ids, "" where nothing was asked."""
+        everything = find(folder, "*mscoco_test2015_questions.json")
+        ids = (
+            [item["question_id"] for item in load_json(everything)["questions"]]
+            if everything is not None
+            else [example.question_id for example in joined.examples]
+        )
+        answers = {e.question_id: p.text if p.verbatim else normalize_m4c(p.text) for e, p in joined.pairs}
+        path = out / "vqav2_submission.json"
+        write_atomically(path, dump_json([{"question_id": qid, "answer": answers.get(qid, "")} for qid in ids]))
+        return path

@@ -1,0 +1,211 @@
+"""Official folders and answer files to the goldens' numbers, by the function that `vlmamba score` calls."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from official import WRITERS, golden, llava_answers, put_gqa, put_json, put_lines, put_pope
+
+from vlmamba.evaluation.api import score
+from vlmamba.evaluation.task import Options
+
+
+def scored(name: str, tmp_path: Path, answers: Any = None, **options: Any) -> dict[str, Any]:
+    data = WRITERS[name](tmp_path / "data" / name)
+    file = answers or put_lines(tmp_path / "answers.jsonl", llava_answers(name))
+    return score(name, data.parent, file, options=Options(**options))
+
+
+def test_vqav2_from_llava_and_from_the_challenge_format(tmp_path: Path) -> None:
+    inputs, expected = golden("vqav2")
+    llava = scored("vqav2", tmp_path)
+    wanted = expected["official_on_llava_submission"]["accuracy"]
+    assert {k: llava["metrics"][k] for k in wanted} == wanted
+    assert llava["headline"] == 40.6
+    official = scored("vqav2", tmp_path, put_json(tmp_path / "results.json", inputs["results"]))
+    wanted = expected["official_on_raw_results"]["accuracy"]
+    assert {k: official["metrics"][k] for k in wanted} == wanted
+    assert (
+        official["metrics"]["official_on_raw_results"]["perQuestion"]
+        == expected["official_on_raw_results"]["perQuestion"]
+    )
+
+
+def test_vqav2_submission_covers_all_test_ids(tmp_path: Path) -> None:
+    inputs, expected = golden("vqav2")
+    data = tmp_path / "data"
+    put_json(data / "v2_OpenEnded_mscoco_test-dev2015_questions.json", inputs["questions"])
+    everything = [*inputs["questions"]["questions"], {"question_id": 77, "image_id": 1, "question": "not asked?"}]
+    put_json(data / "v2_OpenEnded_mscoco_test2015_questions.json", {"questions": everything})
+    answers = put_lines(tmp_path / "answers.jsonl", llava_answers("vqav2"))
+    result = score("vqav2", data, answers, submissions=tmp_path / "out")
+    assert result["headline"] is None
+    assert "server" in result["notes"][0]
+    written = json.loads((tmp_path / "out" / "vqav2_submission.json").read_text())
+    by_id = {row["question_id"]: row["answer"] for row in written}
+    assert by_id == {r["question_id"]: r["answer"] for r in expected["llava_submission"]} | {77: ""}
+
+
+def test_textvqa_joins_on_picture_and_question(tmp_path: Path) -> None:
+    _, expected = golden("textvqa")
+    result = scored("textvqa", tmp_path)
+    assert result["metrics"]["accuracy"] == expected["accuracy"]
+    assert f"Accuracy: {result['headline']:.2f}%" in expected["stdout"]
+
+
+def test_textvqa_counts_lines(tmp_path: Path) -> None:
+    lines = llava_answers("textvqa")
+    per_line = golden("textvqa")[1]["perResultLine"]
+    # A doubled line counts twice, a missing one not at all: the official denominator is the number of lines.
+    file = put_lines(tmp_path / "answers.jsonl", [*lines[:10], lines[0]])
+    result = scored("textvqa", tmp_path, file)
+    assert result["metrics"]["samples"] == 11
+    assert result["metrics"]["accuracy"] == pytest.approx((sum(per_line[:10]) + per_line[0]) / 11)
+    assert result["coverage"] == {"questions": 400, "answered": 10, "missing": 390, "duplicates": 1, "unknown": 0}
+
+
+@pytest.mark.parametrize("choices", [False, True])
+def test_gqa(tmp_path: Path, choices: bool) -> None:
+    _, expected = golden("gqa")
+    wanted = expected["val_style_choices_consistency" if choices else "testdev_style_no_choices"]
+    del wanted["scores"]["grounding"]
+    data = put_gqa(tmp_path / "data", choices)
+    answers = put_lines(tmp_path / "answers.jsonl", llava_answers("gqa"))
+    result = score("gqa", data, answers, submissions=tmp_path / "out")
+    assert result["metrics"] == wanted["scores"]
+    # What we would submit is what LLaVA's conversion gives, and scores the same when read back.
+    again = score("gqa", data, tmp_path / "out" / "gqa_predictions.json")
+    assert again["metrics"] == wanted["scores"]
+
+
+def test_scienceqa(tmp_path: Path) -> None:
+    _, expected = golden("scienceqa")
+    result = scored("scienceqa", tmp_path)
+    for name in ("acc", "correct", "count", "img_acc", "img_count"):
+        assert result["metrics"][name] == expected[name]
+    # The authors' own result file holds option numbers.
+    result = scored("scienceqa", tmp_path, put_json(tmp_path / "r.json", {"results": expected["pred_index"]}))
+    assert result["metrics"]["correct"] == expected["correct"]
+
+
+def test_pope(tmp_path: Path) -> None:
+    inputs, expected = golden("pope")
+    assert scored("pope", tmp_path)["metrics"] == expected["per_category"]
+    # The authors' format: a file per split, answers in the order of the questions.
+    number = {q["question_id"]: q["category"] for q in inputs["questions"]}
+    for split in ("random", "popular", "adversarial"):
+        lines = [
+            {"question": a["prompt"], "answer": a["text"]}
+            for a in inputs["answers"]
+            if number[a["question_id"]] == split
+        ]
+        put_lines(tmp_path / "pope_out" / f"coco_pope_{split}_answers.json", lines)
+    assert scored("pope", tmp_path, tmp_path / "pope_out")["metrics"] == expected["per_category"]
+
+
+def test_pope_answers_in_any_order_meet_their_own_labels(tmp_path: Path) -> None:
+    _, expected = golden("pope")
+    lines = llava_answers("pope")[::-1]
+    result = scored("pope", tmp_path, put_lines(tmp_path / "answers.jsonl", lines))
+    assert result["metrics"] == expected["per_category"]
+
+
+def test_mme(tmp_path: Path) -> None:
+    _, expected = golden("mme")
+    result = scored("mme", tmp_path)
+    assert result["metrics"]["scores"] == expected["scores"]
+    assert result["metrics"]["detail"] == expected["detail"]
+    for name, text in expected["converted_txt"].items():
+        path = tmp_path / "official" / f"{name}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert scored("mme", tmp_path, tmp_path / "official")["metrics"] == result["metrics"]
+    # What we write for the official tool reads back as the same scores.
+    data = tmp_path / "data"
+    score("mme", data, tmp_path / "answers.jsonl", submissions=tmp_path / "out")
+    again = score("mme", data, tmp_path / "out" / "mme_results")["metrics"]
+    assert again["scores"]["Perception"]["tasks"].keys() == expected["scores"]["Perception"]["tasks"].keys()
+
+
+@pytest.mark.parametrize(("rule", "key"), [("2023-12", "vlmevalkit_2023-12"), ("current", "vlmevalkit_head")])
+def test_mmbench(tmp_path: Path, rule: str, key: str) -> None:
+    wanted = golden("mmbench")[1][f"{key}_exact_matching"]
+    result = scored("mmbench", tmp_path, rule=rule)
+    del wanted["acc"]["split"]
+    assert result["metrics"]["acc"] == wanted["acc"]
+    assert result["metrics"]["hit"] == wanted["hit"]
+    assert "undecided, counted wrong" in result["notes"][1]
+
+
+def test_mmbench_table_written_and_read(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    data = WRITERS["mmbench"](tmp_path / "data")
+    rows = [row for row in llava_answers("mmbench") if row["text"]]  # an empty cell is the word "nan" to the tool
+    answers = put_lines(tmp_path / "answers.jsonl", rows)
+    first = score("mmbench", data, answers, submissions=tmp_path / "out")
+    again = score("mmbench", data, tmp_path / "out" / "mmbench_submission.xlsx")
+    same = [row["question_id"] for row in rows]
+    for index in map(str, same):
+        assert again["metrics"]["inferred"][index] == first["metrics"]["inferred"][index]
+    sheet = openpyxl.load_workbook(tmp_path / "out" / "mmbench_submission.xlsx").active
+    header = [cell.value for cell in sheet[1]]
+    assert header == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
+    assert sheet.max_row == 1 + 388
+
+
+def test_mmvet_without_a_judge_is_not_judged(tmp_path: Path) -> None:
+    inputs, _ = golden("mmvet")
+    data = WRITERS["mmvet"](tmp_path / "data")
+    answers = put_lines(tmp_path / "answers.jsonl", llava_answers("mmvet"))
+    result = score("mmvet", data, answers, submissions=tmp_path / "out")
+    assert result["headline"] is None
+    assert "not judged" in result["notes"][0]
+    assert json.loads((tmp_path / "out" / "mmvet_result.json").read_text()) == inputs["predictions"]
+    # ... and the file we wrote is one we read.
+    assert score("mmvet", data, tmp_path / "out" / "mmvet_result.json")["coverage"]["answered"] == 200
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+@pytest.mark.parametrize("other", sorted(WRITERS))
+def test_another_benchmarks_answers_are_refused(name: str, other: str, tmp_path: Path) -> None:
+    if name == other:
+        return
+    data = WRITERS[name](tmp_path / "data")
+    answers = put_lines(tmp_path / "answers.jsonl", llava_answers(other))
+    with pytest.raises(ValueError, match="another benchmark"):
+        score(name, data, answers, out=tmp_path / "result.json")
+    assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+def test_a_wrong_folder_says_what_is_missing_and_where_it_is(name: str, tmp_path: Path) -> None:
+    other = put_pope(tmp_path / "data") if name != "pope" else put_gqa(tmp_path / "data")
+    answers = put_lines(tmp_path / "answers.jsonl", llava_answers(name))
+    with pytest.raises(ValueError, match=r"is missing.*(https://)"):
+        score(name, other, answers)
+
+
+@pytest.mark.parametrize("name", sorted(set(WRITERS) - {"mme", "mmbench"}))
+def test_a_damaged_annotation_file_is_named(name: str, tmp_path: Path) -> None:
+    data = WRITERS[name](tmp_path / "data")
+    answers = put_lines(tmp_path / "answers.jsonl", llava_answers(name))
+    victim = sorted(data.rglob("*.json"))[0]
+    victim.write_text(victim.read_text()[: len(victim.read_text()) // 2])
+    with pytest.raises(ValueError, match=f"{victim.name}.*damaged"):
+        score(name, data, answers)
+
+
+def test_damaged_tables_are_named(tmp_path: Path) -> None:
+    data = WRITERS["mmbench"](tmp_path / "mmbench")
+    table = data / "mmbench_dev_20230712.tsv"
+    table.write_text(table.read_text().replace("answer", "antwort", 1))
+    with pytest.raises(ValueError, match="answer are missing"):
+        score("mmbench", data, put_lines(tmp_path / "a.jsonl", llava_answers("mmbench")))
+    data = WRITERS["mme"](tmp_path / "mme")
+    victim = next(data.rglob("0001.txt"))
+    victim.write_text("Is it red? Yes\n")
+    with pytest.raises(ValueError, match=r"0001.txt, line 1: expected a question, a tab and Yes or No"):
+        score("mme", data, put_lines(tmp_path / "a.jsonl", llava_answers("mme")))
