@@ -32,3 +32,30 @@ def tokenizer(tokenizer_json):
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer_json), eos_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tokenizer_json, tmp_path_factory):
+    """Folder of a saved VL-Mamba with random weights: SigLIP at 24 px (9 patches), two Mamba layers, `tokenizer`."""
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import MambaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
+
+    from vlmamba.models.config import VLMambaConfig
+    from vlmamba.models.processor import VLMambaProcessor, build_image_processor
+    from vlmamba.models.vlm import VLMambaForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = SiglipVisionConfig(image_size=24, patch_size=8, **sizes)
+    text = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer_json), eos_token="<|endoftext|>")
+    processor = VLMambaProcessor(build_image_processor(vision), text, patch_size=8)
+    tokens = processor.image_token_id
+    language = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=tokens + 3, eos_token_id=0, pad_token_id=1)
+    torch.manual_seed(0)
+    model = VLMambaForConditionalGeneration(
+        VLMambaConfig(vision_config=vision, text_config=language, image_token_id=tokens, num_text_tokens=tokens)
+    )
+    folder = tmp_path_factory.mktemp("tiny-model")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

@@ -367,3 +367,30 @@ def test_stream_of_bytes_is_read_once(processor):
     stream = io.BytesIO()
     picture().save(stream, "PNG")
     assert processor.image_pixels(stream.getvalue()).shape == (3, 24, 24)
+
+
+# ---------------------------------------------------------------------- with transformers
+
+
+def test_auto_processor(tiny_model):
+    from transformers import AutoProcessor
+
+    import vlmamba  # noqa: F401  (registers the Auto classes)
+
+    assert type(AutoProcessor.from_pretrained(tiny_model)).__name__ == "VLMambaProcessor"
+
+
+def test_pipeline_takes_messages_and_text_with_images(tiny_model):
+    from transformers import pipeline
+
+    import vlmamba  # noqa: F401
+
+    pipe = pipeline("image-text-to-text", model=str(tiny_model))
+    options = {"max_new_tokens": 3}
+    messages = [user(image_part(), "What?")]
+    answer = pipe(text=messages, **options)[0]["generated_text"][-1]
+    raw = pipe(picture(), text=f"{SYSTEM} USER: <image>\nWhat? ASSISTANT:", return_full_text=False, **options)
+    assert answer["role"] == "assistant"
+    assert raw[0]["generated_text"] == answer["content"]
+    batch = pipe(text=[messages, [user("hi")]], return_full_text=False, **options)
+    assert batch[0][0]["generated_text"] == answer["content"]

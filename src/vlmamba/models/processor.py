@@ -220,7 +220,10 @@ class VLMambaProcessor(ProcessorMixin):
         options: dict[str, Any] = {"image_mode": image_mode, "padding": padding, "return_tensors": return_tensors}
         given = {**(processor_kwargs or {}), **kwargs}
         if unknown := sorted(set(given) - set(options)):
-            raise ValueError(f"apply_chat_template does not take {', '.join(unknown)}; it takes {', '.join(options)}")
+            raise ValueError(
+                f"apply_chat_template does not take {', '.join(unknown)}; it takes {', '.join(options)} "
+                "(what is meant for generation goes into a pipeline's generate_kwargs)"
+            )
         options |= given
         batched = bool(conversation) and isinstance(conversation[0], list | tuple)
         prompts = [
