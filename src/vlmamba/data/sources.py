@@ -10,7 +10,7 @@ import numpy as np
 
 from vlmamba.data.records import Record, llava_length, llava_record, read_llava
 from vlmamba.data.sampling import Supply
-from vlmamba.data.scenes import World
+from vlmamba.data.scenes import Question, World
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,9 @@ class ScenesConfig:
     split: str = "train"
     what: Literal["caption", "description", "conversation", "text"] = "conversation"
     questions: int = 8
-    """Most questions per scene in a conversation."""
+    """Most questions asked of one scene."""
+    kinds: dict[str, float] | None = None
+    """Weights of the kinds of picture; None: the world's own."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class ScenesSource:
 
     def __init__(self, config: ScenesConfig, size: int, weight: float = 1.0):
         self.config = config
-        self.world = World(config.seed, config.split)
+        self.world = World(config.seed, config.split, questions=config.questions, kinds=config.kinds)
         self.supply = Supply(size, weight, endless=True)
 
     def record(self, index: int) -> Record:
@@ -90,10 +92,17 @@ class ScenesSource:
             return Record(id=name, text=self.world.text(index))
         scene = self.world.sample(index)
         if what == "conversation":
-            turns = tuple((q.question, q.answer) for q in scene.questions[: self.config.questions])
+            turns = tuple((_as_asked(q, index + i), q.answer) for i, q in enumerate(scene.questions))
         else:
             turns = (("", scene.caption if what == "caption" else scene.description),)
         return Record(id=name, turns=turns, images=(scene.image,))
+
+
+def _as_asked(question: Question, number: int) -> str:
+    """The question in one of the ways that people write it: every second one begins with a capital, every fourth
+    comes with the benchmarks' instruction."""
+    text = question.prompt(instruct=number % 4 == 0)
+    return text if number // 4 % 2 else text[0].upper() + text[1:]
 
 
 def open_source(config: SourceConfig, image_tokens: int = 0) -> Source:

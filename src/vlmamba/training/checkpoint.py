@@ -44,7 +44,7 @@ class Progress:
     skipped: int = 0
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(OSError):
     """A checkpoint could not be written; the ones before it are untouched."""
 
 

@@ -131,10 +131,13 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The package's own byte-level BPE, learned from the text of scenes."""
+    """The package's own tokenizer, learned from the text of scenes."""
 
     scenes: ScenesConfig
     vocab_size: int = 2048
+    """Most entries."""
+    min_share: float = 0.005
+    """Share of the texts that a word must occur in to be one token; rarer ones are spelled."""
     samples: int = 20000
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 
 from vlmamba.data.scenes import World
+from vlmamba.data.scenes.question import LETTER, SHORT
 from vlmamba.models.processor import VLMambaProcessor
 from vlmamba.models.template import SYSTEM
 from vlmamba.models.vlm import VLMambaForConditionalGeneration
@@ -92,7 +94,7 @@ def learn_tokenizer(config: TokenizerConfig, folder: Path) -> None:
     if (folder / "tokenizer.json").is_file():
         return
     started = time.perf_counter()
-    tokenizer = train_tokenizer(_texts(config), config.vocab_size)
+    tokenizer = train_tokenizer(_texts(config), config.vocab_size, config.min_share)
     scratch = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(scratch, ignore_errors=True)
     tokenizer.save_pretrained(scratch)
@@ -101,12 +103,15 @@ def learn_tokenizer(config: TokenizerConfig, folder: Path) -> None:
 
 
 def _texts(config: TokenizerConfig) -> Iterator[str]:
-    """Scene texts, and now and then the words of the conversation template."""
+    """Scene texts with their questions also as users begin them, and now and then the words of the template."""
     world = World(config.scenes.seed, config.scenes.split)
     for index in range(config.samples):
-        yield world.text(index)
+        text = world.text(index)
+        asked = re.findall(r"^question: (.+?)(?: answer: .*)?$", text, re.MULTILINE)
+        # At a line's start and with a capital a word is another token than within a sentence.
+        yield "\n".join([text, *asked, *(question[0].upper() + question[1:] for question in asked)])
         if index % 20 == 0:
-            yield f"{SYSTEM} USER: \n ASSISTANT: "
+            yield f"{SYSTEM} USER: \n{SHORT}{LETTER} ASSISTANT: "
 
 
 def export(source: Path, target: Path, config: PipelineConfig) -> Path:

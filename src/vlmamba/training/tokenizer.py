@@ -1,50 +1,56 @@
-"""The package's own tokenizer: a byte-level BPE learned from text, small enough to ship with a tiny model."""
+"""The package's own tokenizer: frequent words are one token each, everything else is spelled byte by byte.
+
+A byte-level BPE model without merges (`ignore_merges`, as Llama 3 has it for whole words). With merges, a word that was
+never seen would fall into pieces that have nothing to do with its letters; spelled out, reading a new word is reading
+known letters in a new order.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-END, IMAGE, PADDING = "<|endoftext|>", "<image>", "<|padding|>"
+END, PADDING, IMAGE = "<|endoftext|>", "<|padding|>", "<image>"
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, spelled: Iterable[str] = ()) -> PreTrainedTokenizerFast:
-    """Learns a byte-level BPE of `vocab_size` entries, specials included.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, min_share: float) -> PreTrainedTokenizerFast:
+    """Learns which words are frequent.
 
     Digits always stand alone, so that numbers are read and written digit by digit.
 
     Args:
-        texts: what to learn from.
-        spelled: words that are never merged into one piece.
+        vocab_size: most entries, bytes and specials included; the placeholder `<image>` is the last one.
+        min_share: share of the texts that a word must occur in to become a token.
 
     Raises:
         ValueError: `vocab_size` has no room for the 256 bytes and the specials.
     """
     if vocab_size < 256 + 3:
         raise ValueError(f"vocab_size {vocab_size}: the 256 bytes and 3 special tokens need at least 259")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    splitter = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\d"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
+    found: Counter[str] = Counter()
+    total = 0
+    for total, text in enumerate(texts, 1):  # noqa: B007 - how many there were is needed below
+        found.update({word for word, _ in splitter.pre_tokenize_str(text) if len(word) > 1})
+    frequent = [word for word, count in found.most_common(vocab_size - 259) if count >= min_share * total]
+    entries = [END, PADDING, *sorted(pre_tokenizers.ByteLevel.alphabet()), *frequent, IMAGE]
+    vocabulary = {entry: number for number, entry in enumerate(entries)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END, PADDING, IMAGE],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([END, PADDING, IMAGE])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,
-        bos_token=END,
-        unk_token=END,
         pad_token=PADDING,
-        extra_special_tokens={"image_token": IMAGE},
+        additional_special_tokens=[IMAGE],
         clean_up_tokenization_spaces=False,
     )

@@ -33,11 +33,11 @@ class Interrupted(SystemExit):
         self.saved = saved
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(ValueError):
     """Loss or gradient became NaN or infinite; the batch was written to a file."""
 
 
-class BadDataError(RuntimeError):
+class BadDataError(ValueError):
     """Too large a share of the samples could not be used."""
 
 
@@ -57,7 +57,7 @@ class Trainer:
         self.progress = checkpoint.Progress()
         self.total_steps = config.optim.max_steps or max(1, round(feed.order.steps_per_epoch * config.optim.epochs))
         self._stop = threading.Event()
-        self._unchecked: tuple[StepResult, list[Batch]] | None = None
+        self._unchecked: tuple[int, StepResult, list[Batch]] | None = None
 
     def resume(self) -> bool:
         """Takes up the newest whole checkpoint, if there is one."""
@@ -78,7 +78,7 @@ class Trainer:
         """
         started, before = time.perf_counter(), self.progress.seconds
         batches = self.feed.batches(self.progress.step)
-        interval, first = Interval(), self.progress.step
+        interval = Interval()
         restore = self._listen()
         try:
             while (share := self.share_done()) < 1.0:
@@ -87,8 +87,8 @@ class Trainer:
                 share = self.share_done()
                 self.logger.advance(share)
                 done, step = share >= 1.0 or self._stop.is_set(), self.progress.step
-                if done or step % self.config.logging.every == 0:
-                    self._log(interval, share, first)
+                if interval.results and (done or step % self.config.logging.every == 0):
+                    self._log(interval, share)
                     interval = Interval()
                 if done or step % self.config.checkpoint.every == 0:
                     saved = self._save()
@@ -109,29 +109,31 @@ class Trainer:
         waiting = time.perf_counter()
         micro_batches = next(batches)
         waited = time.perf_counter() - waiting
+        self._report_skipped(micro_batches)
+        self.progress.step += 1
+        if not any(batch.num_labels for batch in micro_batches):
+            return  # every sample of it was bad; were there more such batches, the run would have been stopped
         # The rate is that of the step about to be made, so that the first and the last one move something.
-        ahead = max(share, (self.progress.step + 1) / (self.total_steps + 1))
+        ahead = max(share, self.progress.step / (self.total_steps + 1))
         set_rates(self.step.optimizer, rate_at(ahead, self.config.optim))
         result = self.step(micro_batches)
         interval.add(result, waited)
         self._check()
-        self._unchecked = (result, micro_batches)
-        self.progress.step += 1
+        self._unchecked = (self.progress.step, result, micro_batches)
         self.progress.samples += sum(len(b.ids) for b in micro_batches)
         self.progress.tokens += result.tokens
-        self._report_skipped(micro_batches)
 
     def _check(self) -> None:
-        """Looks at the step before the last: its numbers are there by now, so the device need not wait."""
+        """Looks at the step before: its numbers are there by now, so the device need not wait."""
         if self._unchecked is None:
             return
-        (result, micro_batches), self._unchecked = self._unchecked, None
+        (step, result, micro_batches), self._unchecked = self._unchecked, None
         loss, norm = result.read()
         if not (abs(loss) < float("inf") and abs(norm) < float("inf")):
-            file = self.folder / f"nonfinite-step-{self.progress.step}.pt"
+            file = self.folder / f"nonfinite-step-{step}.pt"
             torch.save([vars(batch) for batch in micro_batches], file)
             raise NonFiniteError(
-                f"step {self.progress.step}: loss {loss}, gradient norm {norm}. The batch is in {file}; checkpoints "
+                f"step {step}: loss {loss}, gradient norm {norm}. The batch is in {file}; checkpoints "
                 "hold the state before it. A lower learning rate, or a look at the samples named there, may help"
             )
 
@@ -150,14 +152,11 @@ class Trainer:
                 f"{self.config.max_bad_share:.1%}); the last: {reasons[-1]}. All are in {self.folder / 'skipped.jsonl'}"
             )
 
-    def _log(self, interval: Interval, share: float, first: int) -> None:
-        done = self.progress.step - first
+    def _log(self, interval: Interval, share: float) -> None:
         elapsed = time.perf_counter() - interval.started
-        pace = elapsed / max(len(interval.results), 1)
-        eta = (self.total_steps - self.progress.step) * pace
+        eta = (self.total_steps - self.progress.step) * elapsed / len(interval.results)
         if self.config.optim.time_budget:
             eta = min(eta, 60 * self.config.optim.time_budget - self.progress.seconds)
-        assert done > 0
         lr = self.step.optimizer.param_groups[0]
         self.logger.log(
             interval.line(

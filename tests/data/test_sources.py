@@ -1,0 +1,96 @@
+"""Sources and their encoding."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import SiglipVisionConfig
+
+from vlmamba.data.encoding import Encoder
+from vlmamba.data.records import BadSampleError, Record
+from vlmamba.data.sources import LlavaConfig, LlavaSource, ScenesConfig, ScenesSource, SourceConfig, open_source
+from vlmamba.models.processor import VLMambaProcessor, build_image_processor
+
+
+@pytest.fixture
+def encoder(tokenizer) -> Encoder:
+    images = build_image_processor(SiglipVisionConfig(image_size=16, patch_size=8))
+    return Encoder(VLMambaProcessor(images, tokenizer, 8), "v1", "pad", 400)
+
+
+@pytest.mark.parametrize("what", ["caption", "description", "conversation"])
+def test_scenes_with_a_picture(what) -> None:
+    source = ScenesSource(ScenesConfig(seed=5, what=what, questions=4), 100)
+    record = source.record(7)
+    assert record == source.record(7)
+    assert record.id == "scene-5-train-7"
+    assert len(record.images) == 1
+    assert record.text is None
+    assert 1 <= len(record.turns) <= 4 if what == "conversation" else len(record.turns) == 1
+    assert all(answer for _, answer in record.turns)
+    assert source.supply.endless
+    assert record.turns != source.record(8).turns
+
+
+def test_scene_text() -> None:
+    record = ScenesSource(ScenesConfig(what="text"), 10).record(3)
+    assert record.text
+    assert not record.images
+
+
+def test_questions_come_in_several_ways() -> None:
+    source = ScenesSource(ScenesConfig(seed=1), 100)
+    asked = [question for i in range(20) for question, _ in source.record(i).turns]
+    capital = np.mean([q[0].isupper() for q in asked])
+    instructed = np.mean(["\nAnswer" in q for q in asked])
+    assert 0.3 < capital < 0.7
+    assert 0.1 < instructed < 0.5
+
+
+def test_llava(tmp_path: Path, encoder: Encoder) -> None:
+    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A red square"}]
+    entries = [
+        {"id": "a", "image": "a.png", "conversations": turns},
+        {"id": "b", "image": "b.png", "conversations": turns},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no picture")
+    config = SourceConfig(llava=LlavaConfig(str(tmp_path / "data.json"), str(tmp_path)), weight=2)
+    source = open_source(config, image_tokens=4)
+    assert (source.supply.size, source.supply.weight, source.supply.endless) == (2, 2, False)
+    example = encoder(source.record(0))
+    tokenizer = encoder.processor.tokenizer
+    assert (example.input_ids == encoder.processor.image_token_id).sum() == 4
+    assert tokenizer.decode(example.labels[example.labels >= 0]) == " A red square<|endoftext|>"
+    assert [p.shape for p in example.pixels] == [(3, 16, 16)]
+    with pytest.raises(BadSampleError, match=r"b: .*b\.png"):
+        encoder(source.record(1))
+
+
+def test_llava_mistakes(tmp_path: Path) -> None:
+    file = tmp_path / "data.json"
+    file.write_text("[]")
+    with pytest.raises(ValueError, match="holds no samples"):
+        LlavaSource(LlavaConfig(str(file)))
+    file.write_text("[{}]")
+    with pytest.raises(ValueError, match="no such folder of images"):
+        LlavaSource(LlavaConfig(str(file), str(tmp_path / "nowhere")))
+
+
+def test_picture_of_the_right_size_is_taken_as_it_is(encoder: Encoder) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    example = encoder(Record("a", (("What is this?", "yes"),), (image,)))
+    assert np.array_equal(example.pixels[0], noise.transpose(2, 0, 1))
+    assert np.array_equal(example.pixels[0], encoder.processor.image_pixels(image, "pad"))
+
+
+def test_text_is_learned_whole(encoder: Encoder) -> None:
+    example = encoder(Record("t", text="A red square"))
+    assert np.array_equal(example.input_ids, example.labels)
+    assert example.input_ids[-1] == encoder.processor.tokenizer.eos_token_id

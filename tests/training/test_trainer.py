@@ -1,0 +1,186 @@
+"""Runs: exact resume, interruption, checkpoints, refusal of what would go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from vlmamba.models.processor import VLMambaProcessor
+from vlmamba.models.vlm import VLMambaForConditionalGeneration
+from vlmamba.training import checkpoint
+from vlmamba.training.config import ConfigError
+from vlmamba.training.metrics import read_metrics
+from vlmamba.training.run import run
+from vlmamba.training.step import Step
+from vlmamba.training.trainer import INTERRUPTED, BadDataError, Interrupted, NonFiniteError
+
+
+def losses(folder: str) -> list[tuple[float, float]]:
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in read_metrics(Path(folder) / "metrics.jsonl")]
+
+
+def after(monkeypatch, step: int, action) -> None:
+    """Does `action` once, right after step number `step` of the sitting."""
+    original, count = Step.__call__, iter(range(1, 1000))
+
+    def call(self, micro_batches):
+        result = original(self, micro_batches)
+        if next(count) == step:
+            action()
+        return result
+
+    monkeypatch.setattr(Step, "__call__", call)
+
+
+def weights(model: Path) -> dict[str, torch.Tensor]:
+    return VLMambaForConditionalGeneration.from_pretrained(model).state_dict()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_exact(recipe, tmp_path, monkeypatch, number, workers) -> None:
+    optim = {"pack": True, "group_by_length": True}
+    whole = run(recipe(output=str(tmp_path / "whole"), optim=optim))
+    cut = recipe(output=str(tmp_path / "cut"), workers=workers, optim=optim)
+    with monkeypatch.context() as patch:
+        after(patch, 3, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(Interrupted) as stopped:
+            run(cut)
+    assert stopped.value.code == INTERRUPTED
+    assert stopped.value.saved.name == "step-000003"
+    assert not (tmp_path / "cut/model").exists()
+    resumed = run(cut)
+    assert losses(cut.output) == losses(str(tmp_path / "whole"))
+    assert [step for step, *_ in losses(cut.output)] == [1, 2, 3, 4, 5, 6]
+    a, b = weights(whole), weights(resumed)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_death_between_checkpoints_costs_only_the_steps_since(recipe, tmp_path, monkeypatch) -> None:
+    whole, cut = recipe(output=str(tmp_path / "whole")), recipe(output=str(tmp_path / "cut"))
+    run(whole)
+
+    def die() -> None:
+        raise KeyError("power cut")
+
+    with monkeypatch.context() as patch:
+        after(patch, 4, die)
+        with pytest.raises(KeyError):
+            run(cut)
+    torn = tmp_path / "cut/checkpoints/step-000002"
+    assert torn.is_dir()
+    run(cut)
+    assert losses(cut.output) == losses(whole.output)
+
+
+def test_torn_checkpoints_are_passed_over(recipe, tmp_path, capsys) -> None:
+    config = recipe()
+    run(config)
+    folder = tmp_path / "run/checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-000004", "step-000006"]
+    assert (folder / "latest").read_text() == "step-000006"
+    data = (folder / "step-000006/optimizer.pt").read_bytes()
+    (folder / "step-000006/optimizer.pt").write_bytes(data[:-1] + b"x")
+    assert checkpoint.find_latest(folder) == folder / "step-000004"
+    assert "optimizer.pt is damaged" in capsys.readouterr().out
+    (folder / "step-000004/manifest.json").unlink()
+    assert checkpoint.find_latest(folder) is None
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(recipe, tmp_path, monkeypatch) -> None:
+    original = checkpoint.save_file
+
+    def save_file(tensors, file) -> None:
+        if "000004" in str(file):
+            raise OSError(28, "No space left on device")
+        original(tensors, file)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    with pytest.raises(checkpoint.CheckpointError, match="No space left"):
+        run(recipe())
+    folder = tmp_path / "run/checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-000002"]
+    assert checkpoint.broken(folder / "step-000002") is None
+
+
+def test_nan_stops_with_the_batch(recipe, tmp_path, monkeypatch) -> None:
+    original = Step._accumulate
+
+    def accumulate(self, batch, labels):
+        loss = original(self, batch, labels)
+        return loss * float("nan") if "s7" in batch.ids else loss
+
+    monkeypatch.setattr(Step, "_accumulate", accumulate)
+    with pytest.raises(NonFiniteError, match="loss nan"):
+        run(recipe())
+    (dump,) = (tmp_path / "run").glob("nonfinite-step-*.pt")
+    batches = torch.load(dump, weights_only=True)
+    assert any("s7" in batch["ids"] for batch in batches)
+
+
+def test_result_loads_and_card_says_how(recipe, tmp_path) -> None:
+    folder = run(recipe())
+    model = VLMambaForConditionalGeneration.from_pretrained(folder)
+    processor = VLMambaProcessor.from_pretrained(folder)
+    inputs = processor(text="<image>\nWhat?", images=Image.new("RGB", (9, 9)), return_tensors="pt")
+    assert model(**inputs).logits.shape[1] == 4 + len(processor.tokenizer("\nWhat?").input_ids)
+    card = (folder / "README.md").read_text()
+    assert card.index("import vlmamba") < card.index("AutoModel")
+    assert "max_steps: 6" in card
+    assert (tmp_path / "run/curve.svg").read_text().startswith("<svg")
+    assert {"torch", "vlmamba", "git"} <= json.loads((tmp_path / "run/versions.json").read_text()).keys()
+
+
+def test_finished_run_is_left_alone(recipe, monkeypatch, capsys) -> None:
+    folder = run(recipe())
+    monkeypatch.setattr(Step, "__call__", lambda self, batches: pytest.fail("trained again"))
+    assert run(recipe(workers=3, logging={"every": 5})) == folder
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_another_recipe_in_the_same_folder(recipe, tmp_path) -> None:
+    run(recipe())
+    with pytest.raises(ConfigError, match=r"optim\.max_length was 256, now 128"):
+        run(recipe(optim={"max_length": 128}))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/file").write_text("mine")
+    with pytest.raises(ConfigError, match="holds no run"):
+        run(recipe(output=str(tmp_path / "other")))
+
+
+def test_bad_samples_are_counted_and_too_many_stop_the_run(recipe, dataset, tmp_path, monkeypatch) -> None:
+    (dataset / "images/3.png").write_bytes(b"broken")
+    run(recipe())
+    lines = (tmp_path / "run/skipped.jsonl").read_text().splitlines()
+    assert lines
+    assert all("3.png" in json.loads(line)["reason"] for line in lines)
+    for i in range(11):
+        (dataset / f"images/{i}.png").write_bytes(b"broken")
+    with pytest.raises(BadDataError, match="max_bad_share"):
+        run(recipe(output=str(tmp_path / "second"), optim={"max_steps": 30}))
+
+
+def test_time_budget_ends_the_run(recipe, tmp_path, monkeypatch) -> None:
+    run(recipe(optim={"max_steps": 100000, "time_budget": 0.02}))
+    last = read_metrics(tmp_path / "run/metrics.jsonl")[-1]
+    assert 1.2 <= last["elapsed_s"] < 5
+    assert last["progress"] >= 1
+    assert last["lr"] < 0.1
+
+
+def test_unknown_device(recipe) -> None:
+    with pytest.raises(ConfigError, match="abacus"):
+        run(recipe(device="abacus"))
+
+
+def test_it_learns(recipe, tmp_path) -> None:
+    run(recipe(optim={"max_steps": 60}, checkpoint={"every": 100}))
+    numbers = [line["loss"] for line in read_metrics(tmp_path / "run/metrics.jsonl")]
+    assert numbers[-1] < 0.6 * numbers[0]
