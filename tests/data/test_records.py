@@ -31,6 +31,13 @@ def test_without_image() -> None:
     assert llava_record({"conversations": turns}, 7, None).id == "7"
 
 
+def test_a_picture_outlives_the_question_it_came_with() -> None:
+    turns = [TURNS[0], {"from": "gpt", "value": ""}, TURNS[2], TURNS[3]]
+    record = llava_record({"image": "x.jpg", "conversations": turns}, 0, FOLDER)
+    assert record.turns == (("What colour?", "Brown."),)
+    assert record.images
+
+
 def test_first_turn_not_human_and_empty_answers_are_dropped() -> None:
     turns = [
         {"from": "gpt", "value": "Oops"},
@@ -48,7 +55,7 @@ def test_first_turn_not_human_and_empty_answers_are_dropped() -> None:
         ({"id": "q", "conversations": TURNS}, "1 <image> in the first human turn, but 0 image"),
         ({"id": "q", "image": ["a", "b"], "conversations": TURNS}, "but 2 image"),
         ({"id": "q", "image": "a", "conversations": [TURNS[0], {"from": "gpt", "value": ""}]}, "no human turn"),
-        ({"id": "q", "image": "a", "conversations": [TURNS[0], TURNS[0]]}, "'human' again"),
+        ({"id": "q", "image": "a", "conversations": [TURNS[0], TURNS[0]]}, "no human turn"),
     ],
 )
 def test_bad_samples_say_why(entry: dict, words: str) -> None:

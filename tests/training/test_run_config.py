@@ -96,6 +96,8 @@ def test_shipped_recipe_by_name() -> None:
 
 
 def test_reading_a_recipe_needs_no_torch(recipe: Path) -> None:
-    code = f"import sys; from vlmamba.training import load_config; load_config({str(recipe)!r}); print('torch' in sys.modules)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    code = (
+        "import sys; from vlmamba.training import load_config; load_config(sys.argv[1]); print('torch' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, str(recipe)], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"

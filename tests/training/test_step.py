@@ -110,7 +110,7 @@ def test_schedule(recipe) -> None:
 
 def test_a_batch_with_nothing_to_learn(recipe) -> None:
     step, _ = make_step(recipe())
-    with pytest.raises(ValueError, match="nothing|anything to learn"):
+    with pytest.raises(ValueError, match="anything to learn"):
         step([])
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from vlmamba.models.template import pair_turns
+PLACEHOLDER = "<image>"
 
 
 class BadSampleError(ValueError):
@@ -69,14 +71,23 @@ def llava_record(entry: dict[str, Any], number: int, images: Path | None) -> Rec
     files = [files] if isinstance(files, str) else list(files)
     if files and images is None:
         raise BadSampleError(f"{name}: has an image ({files[0]}), but the source names no image folder")
-    try:
-        pairs = pair_turns(entry.get("conversations") or [], len(files))
-    except ValueError as problem:
-        raise BadSampleError(f"{name}: {problem}") from None
-    turns = tuple((question, answer) for question, answer in pairs if answer.strip())
+    pairs = list(_pairs(entry.get("conversations") or []))
+    marks = pairs[0][0].count(PLACEHOLDER) if pairs else 0
+    if pairs and marks != len(files):
+        raise BadSampleError(f"{name}: {marks} {PLACEHOLDER} in the first human turn, but {len(files)} image(s)")
+    # The picture belongs to the conversation, so it stays when the first question has no answer.
+    pairs[:1] = [(question.replace(PLACEHOLDER, "").strip(), answer) for question, answer in pairs[:1]]
+    turns = tuple((question, answer) for question, answer in pairs if answer)
     if not turns:
         raise BadSampleError(f"{name}: no human turn with an answer")
     return Record(id=name, turns=turns, images=tuple(images / file for file in files) if images else ())
+
+
+def _pairs(conversation: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """(question, answer) of every human turn with the answer right after it; an answer may be empty."""
+    for asked, said in pairwise(conversation):
+        if asked.get("from") == "human" and said.get("from") == "gpt":
+            yield str(asked.get("value") or ""), str(said.get("value") or "").strip()
 
 
 def llava_length(entry: dict[str, Any], image_tokens: int) -> int:
