@@ -20,12 +20,12 @@ _LIGHT = ((246, 244, 240), (226, 235, 246), (250, 240, 216), (222, 240, 224), (2
 _DARK = ((58, 60, 72), (36, 60, 72), (70, 54, 62))
 _STYLES = ("plain", "gradient", "noise", "texture")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
-_LEAST_CONTRAST = 95.0
+_LEAST_CONTRAST = 105.0
 
 
 @cache
 def contrasting(base: tuple[int, int, int]) -> tuple[str, ...]:
-    """Names of the colours that stand out from `base`: at least 95 apart in RGB."""
+    """Names of the colours that stand out from `base`: at least 105 apart in RGB."""
     return tuple(
         name for name, rgb in COLOURS.items() if sum((a - b) ** 2 for a, b in zip(rgb, base)) >= _LEAST_CONTRAST**2
     )

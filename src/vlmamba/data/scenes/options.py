@@ -10,7 +10,7 @@ from collections.abc import Callable
 from vlmamba.data.scenes.deck import contrasting
 from vlmamba.data.scenes.describe import caption, item_phrase, listing, open_reply
 from vlmamba.data.scenes.question import Asker, Question, at
-from vlmamba.data.scenes.scene import Item
+from vlmamba.data.scenes.scene import PLACES, Item
 from vlmamba.data.scenes.vocabulary import article, held_out_pair
 
 
@@ -109,6 +109,79 @@ def highest_bar(asker: Asker) -> Question | None:
     letter = "ABCDE"[options.index(right)]
     form = f"choice.bar-{len(options)}"
     return asker.ask(form, ("which has the {w} value?",), letter, items, options, "choice", w=way)
+
+
+def _verified(
+    asker: Asker, form: str, question: str, right: str, draw: Callable[[], str], about: list[Item], **words: str
+) -> Question:
+    """A question that names an answer and asks whether it is so."""
+    true = asker.coin()
+    while (name := draw()) == right:
+        pass
+    wordings = (question + " is it {v}?", question + " is it {v}? please answer yes or no.")
+    v = right if true else name
+    return asker.ask(form, wordings, "yes" if true else "no", about, kind="yesno", v=v, **words)
+
+
+def is_colour(asker: Asker) -> Question | None:
+    found = asker.referable(asker.scene.shapes, 1, "colour")
+    if not found:
+        return None
+    ((item, phrase),) = found
+    held_out = asker.scene.held_out
+    may_be = [c for c in contrasting(asker.scene.background.base) if held_out or not held_out_pair(c, item.name)]
+    question = "what colour is {x}?"
+    return _verified(
+        asker, "attributes.is-colour", question, item.colour, lambda: asker.rng.choice(may_be), [item], x=phrase
+    )
+
+
+def is_count(asker: Asker) -> Question | None:
+    if not asker.scene.groups:
+        return None
+    group = asker.rng.choice(asker.scene.groups)
+    draw = lambda: str(asker.rng.randint(0, 6))  # noqa: E731
+    question = "how many {x} are there?"
+    return _verified(asker, "counting.is", question, str(group.count), draw, group.about, x=group.plural)
+
+
+def is_thing(asker: Asker) -> Question | None:
+    for item in asker.shuffled(asker.scene.things):
+        if asker.alone(item):
+            name = article(item.name)
+            draw = lambda: article(asker.deck.absent_thing())  # noqa: E731
+            about = asker.scene.things
+            return _verified(asker, "naming.is", "what is {x}?", name, draw, about, x=at(item.place))
+    return None
+
+
+def is_place(asker: Asker) -> Question | None:
+    for item, phrase in asker.referable([i for i in asker.scene.items if i.well_placed], 1):
+        if phrase.endswith(item.place):
+            return None
+        draw = lambda: at(asker.rng.choice(PLACES))  # noqa: E731
+        return _verified(asker, "relations.is-place", "where is {x}?", at(item.place), draw, [item], x=phrase)
+    return None
+
+
+def is_word(asker: Asker) -> Question | None:
+    if len(asker.scene.words) != 1 or asker.scene.kind != "text":
+        return None
+    item = asker.scene.words[0]
+    return _verified(asker, "reading.is", "what word is written?", item.name, asker.deck.word, [item])
+
+
+def is_value(asker: Asker) -> Question | None:
+    chart = asker.scene.chart
+    if chart is None:
+        return None
+    index = asker.rng.randrange(len(chart.values))
+    label = chart.labels[index]
+    item = Item("thing" if chart.labelled == "thing" else "word", label)
+    draw = lambda: str(asker.rng.randint(1, 10))  # noqa: E731
+    return _verified(
+        asker, "charts.is-value", "what is the value of {x}?", str(chart.values[index]), draw, [item], x=label
+    )
 
 
 def describe_it(asker: Asker) -> Question | None:

@@ -85,6 +85,10 @@ class Asker:
     ) -> Question:
         """One of the wordings filled in. The skill is what stands before the dot of `form`."""
         text = self.rng.choice(wordings).format(**words)
+        if self.rng.random() < 0.4:  # people write either way
+            text = text[0].upper() + text[1:]
+        if self.rng.random() < 0.25:
+            text = text.replace("colour", "color")
         held_out = self.scene.held_out and turns_on_held_out(about)
         chosen = tuple(choices) if choices else None
         return Question(form.split(".")[0], text, answer, chosen, kind, form, held_out)

@@ -22,7 +22,7 @@ def _which(asker: Asker, lines: list[Item], item: Item) -> str:
         options += [f"the {noun} at the bottom", f"the last {noun}"]
     by_size = sorted(lines, key=lambda i: i.px)
     if by_size[-1] is item and item.px >= 1.35 * by_size[-2].px:
-        options.append(f"the largest {noun}")
+        options.append(f"the {noun} in the largest print")  # "the largest number" would be its value
     return asker.rng.choice(options) if options else ""
 
 

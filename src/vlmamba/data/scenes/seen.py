@@ -11,7 +11,13 @@ from vlmamba.data.scenes.question import Asker, Question, at, turns_on_held_out_
 from vlmamba.data.scenes.scene import Item
 from vlmamba.data.scenes.vocabulary import SHAPES, SIZES, article, held_out_pair
 
-_HAS = ("is there {x} in the picture?", "is there {x}?", "can you see {x}?", "does the picture show {x}?")
+_HAS = (
+    "is there {x} in the picture?",
+    "is there {x}?",
+    "can you see {x}?",
+    "does the picture show {x}?",
+    "is there {x} in the image?",
+)
 _MANY = ("how many {x} are there?", "how many {x} can you see?", "count the {x}.", "how many {x} are in the picture?")
 
 
@@ -137,21 +143,23 @@ def count(asker: Asker) -> Question | None:
     return asker.ask(f"counting.{group.kind}", _MANY, str(group.count), group.about, x=group.plural)
 
 
-def compare_counts(asker: Asker) -> Question | None:
-    """Two groups: whether they are equally large; or which is larger, or whether the one named first is.
-
-    Whether there is a question must not hang on the answer: where nothing is more, the group is counted instead.
-    """
+def as_many(asker: Asker) -> Question | None:
+    """Whether two groups are equally large."""
     if not asker.scene.groups:
         return None
     one, two = asker.rng.sample(asker.scene.groups, 2)
+    wordings = ("are there as many {x} as {y}?", "are there equally many {x} and {y}?")
+    truth = "yes" if one.count == two.count else "no"
     about = [*one.about, *two.about]
-    if asker.rng.random() < 0.4:
-        wordings = ("are there as many {x} as {y}?", "are there equally many {x} and {y}?")
-        truth = "yes" if one.count == two.count else "no"
-        return asker.ask("comparison.equal", wordings, truth, about, kind="yesno", x=one.plural, y=two.plural)
-    if one.count == two.count:
-        return count(asker)
+    return asker.ask("comparison.equal", wordings, truth, about, kind="yesno", x=one.plural, y=two.plural)
+
+
+def more(asker: Asker) -> Question | None:
+    """Two groups of different size: which is larger, or whether the one named first is."""
+    if not asker.scene.groups or asker.scene.groups[0].count == asker.scene.groups[1].count:
+        return None
+    one, two = asker.rng.sample(asker.scene.groups, 2)
+    about = [*one.about, *two.about]
     word = asker.rng.choice(("more", "fewer"))
     first = (one.count > two.count) == (word == "more")
     if asker.coin():

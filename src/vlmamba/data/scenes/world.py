@@ -63,6 +63,9 @@ _OBJECTS: tuple[tuple[Form, float], ...] = (
     (options.which_shape_is_here, 0.3),
     (options.thing_at, 0.5),
     (options.colour_of, 0.3),
+    (options.is_colour, 0.3),
+    (options.is_thing, 0.3),
+    (options.is_place, 0.3),
     (options.describe_it, 0.25),
     (options.list_things, 0.15),
     (options.tell_where, 0.25),
@@ -73,8 +76,9 @@ _FORMS: dict[str, tuple[tuple[Form, float], ...]] = {
     "crowd": (
         *((form, weight / 4) for form, weight in _OBJECTS),
         (seen.count, 9),
-        (seen.compare_counts, 9),
+        (seen.more, 5),
         (options.count_of, 1),
+        (options.is_count, 1),
     ),
     "odd": ((seen.odd, 6), (seen.usual, 2), (seen.exists_kind, 1), (seen.exists_thing, 1), (options.describe_it, 0.5)),
     "text": (
@@ -91,6 +95,7 @@ _FORMS: dict[str, tuple[tuple[Form, float], ...]] = {
         (seen.exists_thing, 0.5),
         (seen.naming_only, 0.5),
         (options.word_here, 1),
+        (options.is_word, 0.5),
         (options.describe_it, 0.5),
     ),
     "table": (
@@ -110,6 +115,7 @@ _FORMS: dict[str, tuple[tuple[Form, float], ...]] = {
         (read.bar_count, 0.7),
         (read.bar_colour, 1.5),
         (options.highest_bar, 1),
+        (options.is_value, 0.7),
         (options.describe_it, 0.3),
     ),
 }
@@ -192,6 +198,11 @@ class World:
         asker = Asker(scene, deck, rng)
         forms, weights = map(list, zip(*_FORMS[scene.kind]))
         asked: dict[tuple[str, str], Question] = {}
+        # Equal groups leave fewer other questions: drawn among them, this one would come more often where it is true.
+        if scene.kind == "crowd" and rng.random() < 0.5:
+            question = seen.as_many(asker)
+            if question and question.held_out == scene.held_out:
+                asked[question.form, ""] = question
         for _ in range(4 * self.questions):
             if len(asked) == self.questions or not forms:
                 break
