@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 import time
@@ -344,3 +345,79 @@ def test_verify_names_a_missing_tensor(capsys, parts, tmp_path):
     assert code == 2
     assert "missing" in err
     assert "layers.1.mixer" in err
+
+
+# ---------------------------------------------------------------------- eval and score
+
+
+@pytest.fixture
+def own_questions(tmp_path, picture) -> str:
+    questions = [
+        {
+            "id": str(number),
+            "image": picture,
+            "conversations": [{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": "a fork"}],
+        }
+        for number, text in enumerate(["What is it?", "And what is that in the corner?", "Why?"])
+    ]
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps(questions))
+    return str(path)
+
+
+def test_eval_of_own_questions_then_score(capsys, tiny_model, own_questions, tmp_path):
+    out = tmp_path / "out"
+    common = ("--own", own_questions, "--out", str(out), "--device", "cpu", "--metric", "contains", "--batch-size", "2")
+    code, table, _ = run(capsys, "eval", str(tiny_model), *common)
+    assert code == 0
+    assert "own data" in table
+    result = json.loads((out / "own" / "result.json").read_text())
+    assert len(result["answers"]) == 3
+    assert result["run"]["decoding"] == "greedy"
+    answers = next((out / "own").glob("answers-*.jsonl"))
+    for line in answers.read_text().splitlines():
+        record = json.loads(line)
+        record["text"] = "it is a fork" if record["id"] != "2" else "no idea"
+        (tmp_path / "edited.jsonl").open("a").write(json.dumps(record) + "\n")
+    arguments = ("score", "own", "--data", own_questions, "--predictions", str(tmp_path / "edited.jsonl"))
+    code, text, _ = run(capsys, *arguments, "--metric", "contains", "--json", str(tmp_path / "result.json"))
+    assert code == 0
+    assert "66.67" in text
+    assert (tmp_path / "result.json").is_file()
+
+
+def test_batched_answers_equal_single_ones(loaded, tiny_model, picture):
+    from pathlib import Path
+
+    from vlmamba.commands.evaluate import ModelAnswerer
+    from vlmamba.evaluation.runner import Request
+
+    answerer = ModelAnswerer(loaded, "tiny", Path(tiny_model))
+    texts = ["What is it?", "And what is that thing there in the corner?", "no picture here"]
+    requests = [Request(str(i), text, Path(picture) if i < 2 else None, 5) for i, text in enumerate(texts)]
+    assert answerer.answer(requests) == [answerer.answer([request])[0] for request in requests]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["eval"], "--data FOLDER is needed"),
+        (["eval", "--data", "EMPTY", "--tasks", "chess"], "chess"),
+        (["eval", "--data", "EMPTY", "--prompts", "textvqa"], "TASK=VARIANT"),
+        (["eval", "--data", "EMPTY", "--own", "x.json"], "one of them"),
+        (["eval", "--data", "EMPTY", "--judge-model", "x"], "--judge-url"),
+        (["score", "pope", "--data", "EMPTY", "--predictions", "x"], "no POPE folder"),
+        (["score", "pope", "--data", "EMPTY", "--predictions", "x", "--rule", "1999"], "--rule 1999"),
+    ],
+)
+def test_evaluation_mistakes_are_one_line(capsys, tmp_path, arguments, words):
+    code, _, err = run(capsys, *(str(tmp_path) if argument == "EMPTY" else argument for argument in arguments))
+    assert code == 2
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_eval_check_says_what_is_missing(capsys, tmp_path):
+    code, out, _ = run(capsys, "eval", "--check", str(tmp_path), "--tasks", "pope,gqa")
+    assert code == 1
+    assert "coco_pope_random.json is missing" in out

@@ -18,6 +18,8 @@ _HOMES = {
     "chat": ("talk", "chat"),
     "train": ("learn", "train"),
     "data scenes": ("learn", "scenes"),
+    "eval": ("evaluate", "evaluate"),
+    "score": ("evaluate", "score"),
     "info": ("info", "info"),
     "verify": ("verify", "verify"),
 }
@@ -95,6 +97,8 @@ def build_parser() -> Any:
     data.add_subcommands(dest="command", required=True, metavar="COMMAND").add_subcommand(
         "scenes", _scenes(), help="draw scenes of the procedural world and write them as LLaVA and benchmark files"
     )
+    commands.add_subcommand("eval", _eval(), help="answer the eight benchmarks, or your own questions, and score them")
+    commands.add_subcommand("score", _score(), help="score anybody's answers to a benchmark")
     info = ArgumentParser(exit_on_error=False, description="What is installed, what will run, and what is wrong.")
     commands.add_subcommand("info", info, help="what is installed, which implementation runs and why")
     commands.add_subcommand("verify", _verify(), help="compare a Mamba and a vision encoder with transformers'")
@@ -151,6 +155,53 @@ def _scenes() -> Any:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", type=str, default="train", help="train, test or held-out")
     return parser
+
+
+def _eval() -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, description="Answer benchmarks and score the answers.")
+    parser.add_argument("model", type=str, nargs="?", default="nano", help="nano (shipped), a folder or a Hub id")
+    parser.add_argument("--tasks", type=str, default=None, help="comma-separated, such as pope,gqa; default: all")
+    parser.add_argument("--data", type=str, default=None, help="folder of the benchmarks")
+    parser.add_argument("--check", type=str, default=None, metavar="FOLDER", help="only say what is missing there")
+    parser.add_argument(
+        "--out", type=str, default=None, help="folder for answers and results; default: runs/eval/MODEL"
+    )
+    parser.add_argument("--own", type=str, default=None, metavar="FILE", help="your own questions, as LLaVA JSON")
+    parser.add_argument("--prompts", type=str, action="append", metavar="TASK=VARIANT", help="a named prompt variant")
+    parser.add_argument("--batch-size", type=int, default=64, help="questions answered at a time")
+    parser.add_argument("--limit", type=int, default=None, help="only the first so many questions of a task")
+    parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, mps; auto takes the fastest")
+    parser.add_argument("--dtype", type=str, default="auto", help="float32, bfloat16 or float16; auto: by the device")
+    _scoring_options(parser)
+    return parser
+
+
+def _score() -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, description="Score answers as the benchmark's official tool does.")
+    parser.add_argument("task", type=str, help="vqav2, gqa, ... (vlmamba eval --check . lists them), or own")
+    parser.add_argument("--predictions", type=str, required=True, help="our answers, LLaVA's, or a submission file")
+    parser.add_argument(
+        "--data", type=str, required=True, help="folder of the benchmarks; for own, the questions' file"
+    )
+    parser.add_argument("--json", dest="json_file", type=str, default=None, help="write the whole result there")
+    parser.add_argument("--submissions", type=str, default=None, help="folder for what a server or a judge takes")
+    _scoring_options(parser)
+    return parser
+
+
+def _scoring_options(parser: Any) -> None:
+    parser.add_argument("--images", type=str, default=None, help="folder of the pictures of your own questions")
+    parser.add_argument("--metric", type=str, default="exact", help="exact, contains, vqa, anls, choice: of your own")
+    parser.add_argument("--rule", type=str, default="2023-12", help="MMBench's matching rule: 2023-12 or current")
+    parser.add_argument("--judge-url", type=str, default=None, help="an OpenAI-compatible endpoint for MM-Vet, MMBench")
+    parser.add_argument("--judge-model", type=str, default=None)
+    parser.add_argument("--judge-cache", type=str, default=None, help="file that keeps the judge's replies")
+    parser.add_argument("--judge-runs", type=int, default=1, help="how often MM-Vet is graded")
+    parser.add_argument("--few-shot", type=str, default=None, help="file with MM-Vet's official few-shot text")
 
 
 def _verify() -> Any:

@@ -53,6 +53,11 @@ def verify(language: str, vision: str, image: str | None, text: str | None, devi
     Raises:
         ValueError: a part that cannot be loaded, with the tensors that do not fit.
     """
+    # transformers' warnings are about its own speed, and about weights of a text half that nobody asked for.
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     place = pick_device(device)
     picture = _drawn() if image is None else read_image(image)
     processor = VLMambaProcessor.from_parts(vision, language)

@@ -1,0 +1,224 @@
+"""`vlmamba eval` and `vlmamba score`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmamba.commands.load import Loaded
+    from vlmamba.evaluation.runner import Request, Shard
+    from vlmamba.evaluation.task import Options, Task
+
+
+def evaluate(
+    model: str,
+    tasks: str | None,
+    data: str | None,
+    check: str | None,
+    out: str | None,
+    own: str | None,
+    images: str | None,
+    metric: str,
+    prompts: list[str] | None,
+    batch_size: int,
+    limit: int | None,
+    device: str,
+    dtype: str,
+    **judging: Any,
+) -> int:
+    """Asks a model a benchmark's questions and prints its scores beside the paper's; or says what files are missing."""
+    from vlmamba.evaluation.tasks import TASKS, get_task
+
+    names = list(TASKS) if tasks is None else [name for name in tasks.replace(",", " ").split() if name]
+    if check is not None:
+        return _check(Path(check), names)
+    chosen: list[Any] = [_own(metric, images)] if own else list(names)
+    if own and data:
+        raise ValueError("--own FILE names a user's own questions and --data a folder of benchmarks; give one of them")
+    if not own and not data:
+        raise ValueError("--data FOLDER is needed, the folder of the benchmarks (vlmamba eval --check FOLDER looks)")
+    for name in names:
+        get_task(name)
+    options = _options(**judging)
+    variants = dict(_assignment(prompt) for prompt in prompts or [])
+
+    from rich.console import Console
+
+    from vlmamba.commands.load import find_model, load
+    from vlmamba.evaluation import api
+    from vlmamba.evaluation.results import table
+
+    shard = _shard()
+    if shard.world_size > 1 and device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    folder = find_model(model)
+    answerer = ModelAnswerer(load(model, device, dtype), model, folder)
+    place = Path(out or Path("runs") / "eval" / Path(model).name)
+    results = api.evaluate(
+        answerer,
+        chosen,
+        Path(own or data or "."),
+        place,
+        variants=variants,
+        limit=limit,
+        batch_size=batch_size,
+        shard=shard,
+        options=options,
+        say=_say,
+    )
+    if results:
+        Console().print(table(results, Path(model).name))
+        print(f"answers and results: {place}")
+    return 0
+
+
+def score(
+    task: str,
+    predictions: str,
+    data: str,
+    json_file: str | None,
+    submissions: str | None,
+    images: str | None,
+    metric: str,
+    **judging: Any,
+) -> None:
+    """Scores anybody's answers to a benchmark as its official tool does."""
+    from vlmamba.evaluation import api
+
+    chosen = _own(metric, images) if task == "own" else task
+    result = api.score(
+        chosen,
+        Path(data),
+        Path(predictions),
+        options=_options(**judging),
+        out=None if json_file is None else Path(json_file),
+        submissions=None if submissions is None else Path(submissions),
+        say=_say,
+    )
+    print(f"{result['title']}, {result['metric']}: {_number(result['headline'])}")
+    for line in _flat(result["metrics"]):
+        print(f"  {line}")
+    for note in result["notes"]:
+        print(f"note: {note}")
+
+
+class ModelAnswerer:
+    """A loaded model that answers a benchmark's requests in batches, greedily, with pictures padded to a square."""
+
+    def __init__(self, loaded: Loaded, name: str, folder: Path):
+        from vlmamba.evaluation.results import weights_hash
+
+        self._loaded = loaded
+        self._facts = {
+            "model": name,
+            "weights": weights_hash(folder),
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "decoding": "greedy",
+            "template": "v1",
+            "image_mode": "pad",
+        }
+
+    def describe(self) -> Mapping[str, Any]:
+        """What makes answers of this model comparable: name, weights, dtype, decoding."""
+        return self._facts
+
+    def answer(self, requests: Sequence[Request]) -> list[str]:
+        """One answer a request, in their order."""
+        import torch
+
+        model, processor = self._loaded.model, self._loaded.processor
+        chats = [[{"role": "user", "content": _content(request)}] for request in requests]
+        inputs = processor.apply_chat_template(
+            chats,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            image_mode="pad",
+        ).to(self._loaded.device)
+        with torch.inference_mode():
+            ids = model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=max(request.max_new_tokens for request in requests),
+                eos_token_id=processor.tokenizer.eos_token_id,
+                pad_token_id=processor.tokenizer.pad_token_id,
+            )
+        answers = ids[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def _content(request: Request) -> list[dict[str, Any]]:
+    text = {"type": "text", "text": request.text}
+    return [text] if request.image is None else [{"type": "image", "image": request.image}, text]
+
+
+def _check(data: Path, names: Sequence[str]) -> int:
+    from vlmamba.evaluation import api
+
+    found = api.check(data, names)
+    for item in found:
+        print(item)
+    return int(not all(item.ready for item in found))
+
+
+def _own(metric: str, images: str | None) -> Task:
+    from vlmamba.evaluation.own import OwnData
+
+    return OwnData(metric, None if images is None else Path(images))  # type: ignore[arg-type]
+
+
+def _options(
+    rule: str,
+    judge_url: str | None,
+    judge_model: str | None,
+    judge_cache: str | None,
+    judge_runs: int,
+    few_shot: str | None,
+) -> Options:
+    from vlmamba.evaluation.judge import Judge
+    from vlmamba.evaluation.task import Options
+
+    if rule not in ("2023-12", "current"):
+        raise ValueError(f"--rule {rule} is unknown; MMBench's rules are 2023-12 and current")
+    if (judge_url is None) != (judge_model is None):
+        raise ValueError("a judge needs both --judge-url and --judge-model")
+    cache = None if judge_cache is None else Path(judge_cache)
+    judge = None if judge_url is None or judge_model is None else Judge(judge_url, judge_model, cache)
+    text = None if few_shot is None else Path(few_shot).read_text(encoding="utf-8")
+    return Options(rule=rule, judge=judge, few_shot=text, runs=judge_runs)  # type: ignore[arg-type]
+
+
+def _assignment(prompt: str) -> tuple[str, str]:
+    task, equals, variant = prompt.partition("=")
+    if not (task and equals and variant):
+        raise ValueError(f"--prompts {prompt!r}: expected TASK=VARIANT, such as textvqa=ocr-before")
+    return task, variant
+
+
+def _shard() -> Shard:
+    """This process's part under torchrun; everything otherwise."""
+    from vlmamba.evaluation.runner import Shard
+
+    return Shard(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _flat(value: Any, name: str = "") -> list[str]:
+    """Nested numbers, one line each."""
+    if isinstance(value, Mapping):
+        return [line for key, part in value.items() for line in _flat(part, f"{name}/{key}" if name else str(key))]
+    shown = _number(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+    return [f"{name}: {shown}"]
+
+
+def _number(value: float | None) -> str:
+    return "not scored" if value is None else f"{value:.2f}"
