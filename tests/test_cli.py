@@ -421,3 +421,23 @@ def test_eval_check_says_what_is_missing(capsys, tmp_path):
     code, out, _ = run(capsys, "eval", "--check", str(tmp_path), "--tasks", "pope,gqa")
     assert code == 1
     assert "coco_pope_random.json is missing" in out
+
+
+# ---------------------------------------------------------------------- data
+
+
+def test_data_scenes_writes_a_set_once(capsys, tmp_path):
+    arguments = ("data", "scenes", str(tmp_path / "set"), "--kind", "llava-stage1", "--count", "2", "--size", "64")
+    code, out, _ = run(capsys, *arguments)
+    assert (code, out.strip()) == (0, str(tmp_path / "set"))
+    assert list((tmp_path / "set").rglob("*.json"))
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert "is there already" in err
+
+
+def test_data_scenes_names_an_unknown_kind(capsys, tmp_path):
+    code, _, err = run(capsys, "data", "scenes", str(tmp_path / "set"), "--kind", "riddles")
+    assert code == 2
+    assert "unknown kind 'riddles'" in err
+    assert not (tmp_path / "set").exists()

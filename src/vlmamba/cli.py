@@ -150,10 +150,12 @@ def _scenes() -> Any:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False, description="Draw scenes and write them with captions and questions.")
-    parser.add_argument("output", type=str, help="folder to write to")
-    parser.add_argument("--count", type=int, default=1000, help="scenes")
+    parser.add_argument("output", type=str, help="folder to write to; it must not be there yet")
+    parser.add_argument("--kind", type=str, default="all", help="llava-stage1, llava-stage2, a benchmark, or all")
+    parser.add_argument("--count", type=int, default=1000, help="pictures of each kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", type=str, default="train", help="train, test or held-out")
+    parser.add_argument("--size", type=int, default=128, help="side of the pictures, in pixels")
+    parser.add_argument("--split", type=str, default=None, help="train, test or held-out; default: by the kind")
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 
@@ -27,3 +28,13 @@ def train(recipe: str, overrides: list[str] | None, output: str | None) -> None:
     from vlmamba.training.run import run
 
     run(config)
+
+
+def scenes(output: str, kind: str, count: int, seed: int, size: int, split: str | None) -> None:
+    """Draws scenes and writes them, with captions and questions, as training or benchmark files."""
+    from vlmamba.data.scenes.export import write
+    from vlmamba.data.scenes.sprites import emoji_font
+
+    if emoji_font() is None:
+        print("no emoji font: scenes hold shapes and words, but no things (see vlmamba info)", file=sys.stderr)
+    print(write(output, kind, count, seed, size=size, split=split, progress=sys.stderr.isatty()))
