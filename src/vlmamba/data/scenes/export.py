@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -62,7 +63,7 @@ def write(
             folder.mkdir(exist_ok=True)
             task = bar.add_task(name, total=count)
             which = split or ("train" if name.startswith("llava") else "test")
-            source = Source(seed, which, size, count, Random(f"{seed}/{name}"), lambda task=task: bar.advance(task))
+            source = Source(seed, which, size, count, Random(f"{seed}/{name}"), partial(bar.advance, task))
             KINDS[name](folder, source)
     return target
 

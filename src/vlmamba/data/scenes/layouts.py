@@ -215,47 +215,50 @@ def _gqa_entry(question: Question, image: str) -> dict[str, object]:
     }
 
 
+def _lettered(source: Source) -> Iterator[tuple[int, SceneSample, Question, list[str]]]:
+    """As many pictures as asked for that have a question with two to four lettered options; with that and these."""
+    kinds = {k: KINDS[k] for k in ("rows", "free", "crowd", "text", "chart")}
+    world, index = source.world(kinds, questions=24), 0
+    for number in range(source.count):
+        while True:
+            sample = world.sample(index)
+            index += 1
+            fitting = [q for q in sample.questions if q.kind == "choice" and q.choices and len(q.choices) <= 4]
+            if fitting:
+                break
+        question = source.rng.choice(fitting)
+        yield number, sample, question, list(question.choices or ())
+        source.step()
+
+
 def scienceqa(folder: Path, source: Source) -> None:
-    """`problems.json`, `pid_splits.json`, images/test/<id>/image.png; every second problem has its scene in the hint."""
+    """`problems.json`, `pid_splits.json`, images/test/<id>/image.png; every second problem has no picture but its
+    scene in the hint."""
     problems: dict[str, dict[str, object]] = {}
-    for index, sample in source.samples():
-        lettered = [q for q in sample.questions if q.kind == "choice"][:1] or [_as_choice(sample, source.rng)]
-        for question in lettered:
-            assert question.choices is not None
-            number, seen = str(index + 1), index % 2 == 0
-            if seen:
-                _save(sample.image, folder / f"images/test/{number}/image.png")
-            problems[number] = {
-                "question": question.text,
-                "choices": list(question.choices),
-                "answer": "ABCDE".index(question.answer),
-                "hint": "" if seen else sample.description,
-                "image": "image.png" if seen else None,
-                "task": "closed choice",
-                "grade": f"grade{1 + index % 12}",
-                "subject": ("natural science", "language science", "social science")[index % 3],
-                "topic": question.skill,
-                "category": question.form,
-                "skill": question.skill,
-                "lecture": "",
-                "solution": sample.description,
-                "split": "test",
-            }
+    for index, sample, question, options in _lettered(source):
+        number, seen = str(index + 1), index % 2 == 0
+        if seen:
+            _save(sample.image, folder / f"images/test/{number}/image.png")
+        problems[number] = {
+            "question": question.text,
+            "choices": options,
+            "answer": "ABCDE".index(question.answer),
+            "hint": "" if seen else sample.description,
+            "image": "image.png" if seen else None,
+            "task": "closed choice",
+            "grade": f"grade{1 + index % 12}",
+            "subject": ("natural science", "language science", "social science")[index % 3],
+            "topic": question.form.split(".")[1],
+            "category": question.form,
+            "skill": question.skill,
+            "lecture": "",
+            "solution": sample.description,
+            "split": "test",
+        }
     _write_json(folder / "problems.json", problems)
     empty: list[str] = []
     splits = dict.fromkeys(("train", "val", "trainval", "minival", "minitest"), empty)
     _write_json(folder / "pid_splits.json", {**splits, "test": list(problems)})
-
-
-def _as_choice(sample: SceneSample, rng: Random) -> Question:
-    """Some question of the sample with two lettered options: yes and no, or its answer and another's."""
-    answers = sorted({q.answer for q in _brief(sample)} | {"none of these", "cannot be seen"})
-    question = (_brief(sample) or sample.questions)[0]
-    options = ["yes", "no"] if question.kind == "yesno" else [question.answer]
-    options += [a for a in answers if a not in (question.answer, "yes", "no")][: 2 - len(options)]
-    rng.shuffle(options)
-    letter = "AB"[options.index(question.answer)]
-    return Question("choice", question.text, letter, tuple(options), "choice", "choice.other", question.held_out)
 
 
 def textvqa(folder: Path, source: Source) -> None:
@@ -307,7 +310,7 @@ def pope(folder: Path, source: Source) -> None:
     common = Counter(name for names in present for name in names)
     together: Counter[tuple[str, str]] = Counter((a, b) for names in present for a in names for b in names if a != b)
     for way in ("random", "popular", "adversarial"):
-        lines = []
+        lines: list[str] = []
         for index, names in enumerate(present):
             others = source.rng.sample([t for t in available_things() if t not in names], 60)
             if way == "popular":
@@ -353,7 +356,7 @@ def mme(folder: Path, source: Source) -> None:
         notes.mkdir(parents=True, exist_ok=True)
         known: dict[str, list[str]] = {}
         made, index = 0, 0
-        share = source.count // len(_MME) + (place < source.count % len(_MME))
+        share = max(1, source.count // len(_MME))
         while made < share and index < 50 * share + 200:
             sample = world.sample(index)
             pair = _true_and_false(sample, wanted, known, source.rng)
@@ -385,7 +388,8 @@ def _true_and_false(
         wrong = [a for a in pool if a != question.answer]
         if wrong:
             other = rng.choice(wrong)
-            return [(f"{question.text} is it {question.answer}?", "Yes"), (f"{question.text} is it {other}?", "No")]
+            pair = [(f"{question.text} is it {question.answer}?", "Yes"), (f"{question.text} is it {other}?", "No")]
+            return rng.sample(pair, 2)
     return None
 
 
@@ -400,13 +404,9 @@ def mmbench(folder: Path, source: Source) -> None:
     with (folder / "mmbench_dev_20230712.tsv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, _MMBENCH_COLUMNS, delimiter="\t", lineterminator="\n")
         writer.writeheader()
-        for index, sample in source.samples():
-            fitting = [q for q in sample.questions if q.kind == "choice" and len(q.choices or ()) <= 4][:1]
-            question = fitting[0] if fitting else _as_choice(sample, source.rng)
-            assert question.choices is not None
+        for index, sample, question, options in _lettered(source):
             raw = io.BytesIO()
             sample.image.save(raw, "PNG")
-            options = list(question.choices)
             right = options["ABCD".index(question.answer)]
             for turn in range(len(options)):
                 row = dict(zip("ABCD", options))

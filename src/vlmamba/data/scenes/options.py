@@ -10,7 +10,7 @@ from collections.abc import Callable
 from vlmamba.data.scenes.deck import contrasting
 from vlmamba.data.scenes.describe import caption, item_phrase, listing, open_reply
 from vlmamba.data.scenes.question import Asker, Question, at
-from vlmamba.data.scenes.scene import PLACES, Item
+from vlmamba.data.scenes.scene import Item
 from vlmamba.data.scenes.vocabulary import article, held_out_pair
 
 
@@ -156,10 +156,13 @@ def is_thing(asker: Asker) -> Question | None:
 
 
 def is_place(asker: Asker) -> Question | None:
-    for item, phrase in asker.referable([i for i in asker.scene.items if i.well_placed], 1):
-        if phrase.endswith(item.place):
+    """The wrong place is that of something else, since places are not equally common."""
+    found = [i for i in asker.scene.items if i.well_placed]
+    for item, phrase in asker.referable(found, 1):
+        others = [at(i.place) for i in found if i.place != item.place]
+        if not others or phrase.endswith(item.place):
             return None
-        draw = lambda: at(asker.rng.choice(PLACES))  # noqa: E731
+        draw = lambda: asker.rng.choice(others)  # noqa: B023, E731
         return _verified(asker, "relations.is-place", "where is {x}?", at(item.place), draw, [item], x=phrase)
     return None
 

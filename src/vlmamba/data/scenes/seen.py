@@ -18,7 +18,12 @@ _HAS = (
     "does the picture show {x}?",
     "is there {x} in the image?",
 )
-_MANY = ("how many {x} are there?", "how many {x} can you see?", "count the {x}.", "how many {x} are in the picture?")
+_MANY = (
+    "how many {x} are there?",
+    "how many {x} can you see?",
+    "count the {x}.",
+    "how many {x} are in the picture?",
+)
 
 
 def naming_place(asker: Asker) -> Question | None:
