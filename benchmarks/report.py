@@ -1,0 +1,138 @@
+"""Rows of measurements, and what they are written to: JSON for programs, tables for people.
+
+A file is written after each section, so that a run that is cut short keeps what it had. A later run of some sections
+replaces those and leaves the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import Timing
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number.
+
+    Attributes:
+        section: "scan", "decode", ...; case: what was run, e.g. "forward, B16 D5120 L1024".
+        who: "vlmamba" or a peer's name; mode: how it was run: "eager", "graph", "compiled", "bf16", ...
+        value, low, high: median and quartiles, in `unit`; None when there is no number, `note` then says why.
+        fraction: of the machine's limit named by `limit`, 0 to 1.
+        shape: numbers that plots need: batch, length, ...
+    """
+
+    section: str
+    case: str
+    who: str
+    mode: str
+    unit: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    fraction: float | None = None
+    limit: str = ""
+    note: str = ""
+    shape: dict[str, float] = field(default_factory=dict)
+
+
+def timed(timing: Timing, work: float | None = None) -> dict[str, float]:
+    """value, low, high of a row in ms; with `work` (tokens or operations a call), in work per second."""
+    if work is None:
+        return {"value": timing.median, "low": timing.low, "high": timing.high}
+    return {"value": work / timing.median * 1e3, "low": work / timing.high * 1e3, "high": work / timing.low * 1e3}
+
+
+class Report:
+    """All rows of one machine."""
+
+    def __init__(self, path: Path, machine: dict[str, Any]):
+        self.path, self.machine = path, machine
+        self.rows: list[Row] = []
+        self.seconds: dict[str, float] = {}
+        if path.with_suffix(".json").exists():
+            stored = json.loads(path.with_suffix(".json").read_text())
+            self.rows = [Row(**row) for row in stored["rows"]]
+            self.seconds = stored["seconds"]
+            self.machine = {**stored["machine"], **machine}
+
+    def start(self, section: str) -> None:
+        """Forgets an earlier run's rows of this section."""
+        self.rows = [row for row in self.rows if row.section != section]
+
+    def add(self, row: Row) -> Row:
+        self.rows.append(row)
+        return row
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        stored = {"machine": self.machine, "seconds": self.seconds, "rows": [asdict(row) for row in self.rows]}
+        _replace(self.path.with_suffix(".json"), json.dumps(stored, indent=1) + "\n")
+        _replace(self.path.with_suffix(".md"), self.markdown())
+
+    def markdown(self) -> str:
+        lines = [f"# {self.machine.get('name', self.path.stem)}", ""]
+        lines += [f"* {key}: {value}" for key, value in self.machine.items() if key != "name"]
+        for section in dict.fromkeys(row.section for row in self.rows):
+            rows = [row for row in self.rows if row.section == section]
+            lines += ["", f"## {section.capitalize()}", "", *_table(rows)]
+            lines += [f"\n{note}" for note in dict.fromkeys(_missing(row) for row in rows) if note]
+        return "\n".join(lines) + "\n"
+
+
+def _table(rows: list[Row]) -> list[str]:
+    lines = ["| | who | mode | median | quartiles | of the limit | against vlmamba |", "|---|---|---|---|---|---|---|"]
+    best: dict[tuple[str, str], float] = {}
+    for row in rows:
+        if row.who == "vlmamba" and row.value is not None:
+            here = (row.case, row.unit)
+            better = max if _more_is_better(row.unit) else min
+            best[here] = better(row.value, best.get(here, row.value))
+    for row in rows:
+        if row.value is None:
+            lines.append(f"| {row.case} | {row.who} | {row.mode} | no number: {row.note} | | | |")
+            continue
+        spread = f"{number(row.low)} to {number(row.high)}" if row.low is not None and row.high is not None else ""
+        fraction = f"{row.fraction:.0%} {row.limit}".strip() if row.fraction is not None else ""
+        note = f" ({row.note})" if row.note else ""
+        ours = best.get((row.case, row.unit))
+        lines.append(
+            f"| {row.case} | {row.who} | {row.mode}{note} | {number(row.value)} {row.unit} | {spread} | {fraction} "
+            f"| {_against(row, ours)} |"
+        )
+    return lines
+
+
+def _against(row: Row, ours: float | None) -> str:
+    if ours is None or row.who == "vlmamba" or not row.value or not ours:
+        return ""
+    if row.unit in ("GiB", "MiB"):
+        return f"{row.value / ours:.2f} x the memory"
+    times = ours / row.value if _more_is_better(row.unit) else row.value / ours
+    return f"{times:.2f} x slower" if times >= 1 else f"{1 / times:.2f} x faster"
+
+
+def _more_is_better(unit: str) -> bool:
+    return unit.endswith("/s") or unit.endswith("FLOP/s")
+
+
+def _missing(row: Row) -> str:
+    return f"{row.who} is missing: {row.note}." if row.value is None and row.mode == "missing" else ""
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, thousands separated."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
