@@ -11,6 +11,7 @@ from official import WRITERS, golden, llava_answers, put_gqa, put_json, put_line
 
 from vlmamba.evaluation.api import score
 from vlmamba.evaluation.task import Options
+from vlmamba.evaluation.tasks import TASKS
 
 
 def scored(name: str, tmp_path: Path, answers: Any = None, **options: Any) -> dict[str, Any]:
@@ -209,3 +210,70 @@ def test_damaged_tables_are_named(tmp_path: Path) -> None:
     victim.write_text("Is it red? Yes\n")
     with pytest.raises(ValueError, match=r"0001.txt, line 1: expected a question, a tab and Yes or No"):
         score("mme", data, put_lines(tmp_path / "a.jsonl", llava_answers("mme")))
+
+
+def wrong(line: dict[str, Any]) -> dict[str, Any]:
+    return {**line, "text": "neither here nor there"}
+
+
+@pytest.mark.parametrize("name", ["vqav2", "gqa", "scienceqa", "pope", "mme", "mmbench"])
+def test_duplicates_and_unknown_ids_change_nothing(name: str, tmp_path: Path) -> None:
+    lines = llava_answers(name)
+    clean = scored(name, tmp_path)
+    # Of two answers to a question the later one counts, as in the tables that the official tools build from lines;
+    # an answer to a question that the data set does not have is passed over.
+    unknown = {**lines[0], "question_id": "999999999"}
+    file = put_lines(tmp_path / "more.jsonl", [wrong(lines[0]), unknown, *lines])
+    more = scored(name, tmp_path, file)
+    assert more["metrics"] == clean["metrics"]
+    assert more["coverage"] == clean["coverage"] | {"duplicates": 1, "unknown": 1}
+
+
+@pytest.mark.parametrize("name", ["vqav2", "gqa", "mme", "mmbench"])
+def test_a_missing_answer_is_a_wrong_one(name: str, tmp_path: Path) -> None:
+    lines = llava_answers(name)
+    if name == "mmbench":  # its first copy, so that "wrong" and "undecided" are the same loss
+        lines = sorted(lines, key=lambda line: line["question_id"])
+    fewer = scored(name, tmp_path, put_lines(tmp_path / "fewer.jsonl", lines[1:]))
+    # VQAv2: LLaVA submits "" for it, which is right where an annotator's "A a the" came to nothing as well.
+    instead = {**lines[0], "text": ""} if name == "vqav2" else wrong(lines[0])
+    worse = scored(name, tmp_path, put_lines(tmp_path / "worse.jsonl", [instead, *lines[1:]]))
+    assert fewer["coverage"]["missing"] == 1
+    assert fewer["headline"] == worse["headline"]
+
+
+def test_missing_answers_elsewhere(tmp_path: Path) -> None:
+    # ScienceQA: wrong, but not among those with a picture, for LLaVA asks the prompt and there is none.
+    lines = llava_answers("scienceqa")
+    clean = scored("scienceqa", tmp_path)["metrics"]
+    with_picture = next(line for line in lines if "<image>" in line["prompt"])
+    lines.remove(with_picture)
+    fewer = scored("scienceqa", tmp_path, put_lines(tmp_path / "fewer.jsonl", lines))["metrics"]
+    assert (fewer["count"], fewer["img_count"]) == (clean["count"], clean["img_count"] - 1)
+    # POPE: not counted.
+    fewer = scored("pope", tmp_path, put_lines(tmp_path / "fewer.jsonl", llava_answers("pope")[1:]))["metrics"]
+    assert fewer["adversarial"]["n"] == 149
+    # A result that says so is not read back as if something had been said.
+    data = WRITERS["pope"](tmp_path / "data" / "pope")
+    score("pope", data, tmp_path / "fewer.jsonl", out=tmp_path / "result.json")
+    assert score("pope", data, tmp_path / "result.json")["metrics"] == fewer
+
+
+def test_mmbench_rows_and_rotations(tmp_path: Path) -> None:
+    inputs, _ = golden("mmbench")
+    clean = scored("mmbench", tmp_path)["metrics"]
+    # Rows as the official table has them: the truth beside the prediction is not what was said.
+    assert scored("mmbench", tmp_path, put_json(tmp_path / "rows.json", inputs["rows"]))["metrics"] == clean
+    # LLaVA's own rotations (round_id 1 and on) are never submitted.
+    rounds = [wrong(line) | {"round_id": 1} for line in llava_answers("mmbench")]
+    file = put_lines(tmp_path / "rounds.jsonl", [*llava_answers("mmbench"), *rounds])
+    assert scored("mmbench", tmp_path, file)["metrics"] == clean
+
+
+def test_vqav2_folder_with_both_sets(tmp_path: Path) -> None:
+    data = WRITERS["vqav2"](tmp_path / "data")
+    test = [{"question_id": 5, "image_id": 6, "question": "what?"}]
+    put_json(data / "v2_OpenEnded_mscoco_test-dev2015_questions.json", {"questions": test})
+    assert len(TASKS["vqav2"].examples(data, "llava")) == 400
+    (example,) = TASKS["vqav2"].examples(data, "llava-test-dev")
+    assert str(example.image).endswith("COCO_test2015_000000000006.jpg")

@@ -12,7 +12,8 @@ from vlmamba.evaluation.task import Example, Joined, Prediction, Task
 
 # Names that the formats give to a question's id and to its answer, with the benchmark that only its own files use.
 _IDS = ("question_id", "questionId", "index", "id")
-_TEXTS = ("text", "answer", "prediction")
+# A table of MMBench rows has the truth under "answer", and what was said under "prediction".
+_TEXTS = ("text", "prediction", "answer")
 
 
 def read_predictions(task: Task, path: Path) -> list[Prediction]:
@@ -45,7 +46,7 @@ def _records(path: Path) -> Sequence[Any]:
     if "text" in value and any(name in value for name in _IDS):
         return [value]  # a JSON-lines file of one line
     if isinstance(value.get("answers"), list):
-        return value["answers"]  # our own result file
+        return [a for a in value["answers"] if a.get("text") is not None]  # our own result file
     table = value.get("outputs", value.get("results", value))  # ScienceQA's result file, or a plain id -> answer
     if not isinstance(table, dict):
         raise ValueError(f"{path}: expected an object of ids and answers, found {type(table).__name__}")
@@ -84,6 +85,8 @@ def join(task: Task, examples: Sequence[Example], predictions: Sequence[Predicti
     pairs: list[tuple[Example, Prediction]] = []
     unknown: list[Any] = []
     for prediction in predictions:
+        if task.leaves_out(prediction):
+            continue
         own = prediction.fields.get("id") if "task" in prediction.fields else None
         key = own if own in by_id else task.locate(prediction, index)
         if key is None:

@@ -144,6 +144,10 @@ class Task(ABC):
         key = str(prediction.question_id)
         return key if key in index else None
 
+    def leaves_out(self, prediction: Prediction) -> bool:
+        """Whether the official pipeline passes over this line of an answer file."""
+        return False
+
     def index(self, examples: Sequence[Example]) -> Mapping[Any, Example]:
         """What `locate` looks things up in."""
         return {example.id: example for example in examples}

@@ -134,9 +134,10 @@ class MMBench(Task):
             data=data,
         )
 
+    def leaves_out(self, prediction: Prediction) -> bool:
+        return bool(prediction.fields.get("round_id"))  # LLaVA's own rotations of one row are never submitted
+
     def locate(self, prediction: Prediction, index: Mapping[Any, Example]) -> str | None:
-        if prediction.fields.get("round_id"):
-            return None  # LLaVA's own rotations of one row, which its submission leaves out
         key = str(prediction.question_id).removesuffix(".0")
         return key if key in index else None
 
@@ -153,13 +154,14 @@ class MMBench(Task):
             require(row, ["index", "prediction"], f"{path}, row {number}")
             # The official tool reads an empty cell as not-a-number and matches the word it prints for it, "nan".
             text = "nan" if row["prediction"] is None else str(row["prediction"])
-            predictions.append(Prediction(_index(row, f"{path}, row {number}"), text, fields=row, verbatim=True))
+            predictions.append(Prediction(_index(row, f"{path}, row {number}"), text, verbatim=True))
         return predictions
 
     @staticmethod
     def _text(prediction: Prediction) -> str:
         # `null` in somebody's JSON is a missing value, and the official tool matches the word it prints for it.
-        return "None" if "text" in prediction.fields and prediction.fields["text"] is None else prediction.text
+        said = [prediction.fields[name] for name in ("text", "prediction") if name in prediction.fields]
+        return "None" if said and said[0] is None else prediction.text
 
     def _rows(self, joined: Joined) -> list[dict[str, Any]]:
         answers = joined.last

@@ -17,11 +17,13 @@ class VQAv2(Task):
         v2_OpenEnded_mscoco_test2015_questions.json         optional: the ids that a submission must cover
         test2015/COCO_test2015_000000000001.jpg ...
 
-    or, scored here (and chosen when both are there),
+    or, scored here,
 
         v2_OpenEnded_mscoco_val2014_questions.json
         v2_mscoco_val2014_annotations.json
         val2014/COCO_val2014_000000000042.jpg ...
+
+    Where both are there the variant tells them apart: `llava` asks validation, `llava-test-dev` test-dev.
     """
 
     name = "vqav2"
@@ -30,12 +32,13 @@ class VQAv2(Task):
     version = 1
     metric = "accuracy"
     paper = 76.6
+    variants = ("llava", "llava-test-dev")
     source = "Questions, annotations and images are at https://visualqa.org/download.html"
 
-    def _files(self, folder: Path) -> tuple[Path | None, Path | None]:
+    def _files(self, folder: Path, variant: str = "llava") -> tuple[Path | None, Path | None]:
         """Questions and annotations; no annotations for a test set."""
         annotations = find(folder, "v2_mscoco_*_annotations.json", "*annotations.json")
-        if annotations is not None:
+        if annotations is not None and variant != "llava-test-dev":
             split = annotations.name.removeprefix("v2_mscoco_").removesuffix("_annotations.json")
             return find(folder, f"*{split}_questions.json", "*val*questions.json"), annotations
         return find(folder, "*test-dev*questions.json", "*questions.json"), None
@@ -48,8 +51,9 @@ class VQAv2(Task):
 
     def examples(self, folder: Path, variant: str) -> list[Example]:
         self.require_folder(folder)
-        questions_file, annotations_file = self._files(folder)
-        assert questions_file is not None
+        questions_file, annotations_file = self._files(folder, variant)
+        if questions_file is None:
+            raise ValueError(f"{folder} has no questions for the variant {variant}: {self.source}")
         truths: dict[Any, Any] = {}
         if annotations_file is not None:
             top = require(load_json(annotations_file), ["annotations"], str(annotations_file))
@@ -68,6 +72,9 @@ class VQAv2(Task):
         split = "test2015" if annotations_file is None else "val2014"
         first = f"COCO_{split}_{questions[0]['image_id']:012d}.jpg"
         root = image_root(folder, [split, "images", "."], first)
+        # The evaluator sums in the order of the annotations.
+        place = {qid: number for number, qid in enumerate(truths)}
+        questions = sorted(questions, key=lambda item: place.get(item["question_id"], 0))
         return [self._example(item, truths.get(item["question_id"]), root, split) for item in questions]
 
     def _example(self, item: Any, truth: Any, root: Path, split: str) -> Example:
