@@ -39,7 +39,7 @@ td.n, th.n { text-align: right; }
 .card { border: 1px solid var(--line); border-radius: .6rem; overflow: hidden; background: var(--tint);
   display: flex; flex-direction: column; font-size: .9rem; }
 .card img { width: 100%; height: 11rem; object-fit: contain; background: var(--paper); }
-.card div { padding: .7rem .9rem .9rem; } .card[hidden] { display: none; }
+.card > div { padding: .7rem .9rem .9rem; } .card[hidden] { display: none; }
 .q { white-space: pre-line; overflow-wrap: anywhere; max-height: 9rem; overflow: auto; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem .7rem; margin: .6rem 0 0; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; white-space: pre-line; }
