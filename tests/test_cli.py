@@ -384,6 +384,10 @@ def test_eval_of_own_questions_then_score(capsys, tiny_model, own_questions, tmp
     assert code == 0
     assert "66.67" in text
     assert (tmp_path / "result.json").is_file()
+    page = tmp_path / "page.html"
+    code, _, _ = run(capsys, "report", str(out), "--output", str(page), "--compare", str(tmp_path / "result.json"))
+    assert code == 0
+    assert page.read_text().lower().startswith("<!doctype html")
 
 
 def test_batched_answers_equal_single_ones(loaded, tiny_model, picture):
@@ -423,7 +427,25 @@ def test_eval_check_says_what_is_missing(capsys, tmp_path):
     assert "coco_pope_random.json is missing" in out
 
 
-# ---------------------------------------------------------------------- data
+# ---------------------------------------------------------------------- train and data
+
+
+def test_train_runs_a_recipe_into_runs(capsys, monkeypatch, tmp_path, tiny_model):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").write_text(
+        f"model: {{path: {tiny_model}}}\n"
+        "data: [{scenes: {what: conversation}, size: 8}]\n"
+        "stage: {template: v1, connector: {lr: 1.0e-3}}\n"
+        "optim: {global_batch: 2, micro_batch: 2, bf16: false}\n"
+        "workers: 0\ndevice: cpu\n"
+    )
+    code, _, err = run(capsys, "train", "small.yaml", "optim.max_steps=1", "--logging.tensorboard=false")
+    assert code == 0
+    assert "loss" in err
+    assert (tmp_path / "runs" / "small" / "model" / "config.json").is_file()
+    code, out, _ = run(capsys, "train", "small.yaml", "optim.max_steps=1", "--logging.tensorboard=false")
+    assert code == 0
+    assert "finished already" in out
 
 
 def test_data_scenes_writes_a_set_once(capsys, tmp_path):

@@ -1,4 +1,4 @@
-"""The command line: `vlmamba ask`, `chat`, `train`, `data scenes`, `eval`, `score`, `info`, `verify`.
+"""The command line: `vlmamba ask`, `chat`, `train`, `data scenes`, `eval`, `score`, `report`, `info`, `verify`.
 
 The composition root: it alone knows every part of the package. Nothing heavy is imported before a command is known, so
 that `vlmamba --help` answers at once.
@@ -20,6 +20,7 @@ _HOMES = {
     "data scenes": ("learn", "scenes"),
     "eval": ("evaluate", "evaluate"),
     "score": ("evaluate", "score"),
+    "report": ("evaluate", "report"),
     "info": ("info", "info"),
     "verify": ("verify", "verify"),
 }
@@ -99,6 +100,7 @@ def build_parser() -> Any:
     )
     commands.add_subcommand("eval", _eval(), help="answer the eight benchmarks, or your own questions, and score them")
     commands.add_subcommand("score", _score(), help="score anybody's answers to a benchmark")
+    commands.add_subcommand("report", _report(), help="an evaluation as one HTML page, alone or beside another")
     info = ArgumentParser(exit_on_error=False, description="What is installed, what will run, and what is wrong.")
     commands.add_subcommand("info", info, help="what is installed, which implementation runs and why")
     commands.add_subcommand("verify", _verify(), help="compare a Mamba and a vision encoder with transformers'")
@@ -192,6 +194,17 @@ def _score() -> Any:
     parser.add_argument("--json", dest="json_file", type=str, default=None, help="write the whole result there")
     parser.add_argument("--submissions", type=str, default=None, help="folder for what a server or a judge takes")
     _scoring_options(parser)
+    return parser
+
+
+def _report() -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, description="Write an evaluation as one self-contained HTML page.")
+    parser.add_argument("run", type=str, help="folder that vlmamba eval wrote, or a result file")
+    parser.add_argument("--output", type=str, default="report.html", help="the page")
+    parser.add_argument("--compare", type=str, default=None, help="another run, question by question")
+    parser.add_argument("--sample", type=int, default=24, help="right and wrong answers shown of each benchmark")
     return parser
 
 

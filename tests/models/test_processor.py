@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 
 import numpy as np
 import pytest
@@ -367,6 +368,41 @@ def test_stream_of_bytes_is_read_once(processor):
     stream = io.BytesIO()
     picture().save(stream, "PNG")
     assert processor.image_pixels(stream.getvalue()).shape == (3, 24, 24)
+
+
+# ---------------------------------------------------------------------- from parts
+
+
+@pytest.fixture
+def parts(tokenizer_json, tmp_path):
+    """Folders of a vision encoder without an image processor, and of a language model in mamba_ssm's layout."""
+    SiglipVisionConfig(image_size=24, patch_size=8).save_pretrained(tmp_path / "vision")
+    language = tmp_path / "language"
+    language.mkdir()
+    (language / "config.json").write_text(json.dumps({"d_model": 8, "n_layer": 1, "vocab_size": 320}))
+    (language / "tokenizer.json").write_text(tokenizer_json)
+    return tmp_path / "vision", language
+
+
+def test_from_parts(parts):
+    processor = VLMambaProcessor.from_parts(*parts)
+    assert processor.num_image_tokens == PATCHES
+    assert (processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id) == (0, 1)
+    assert processor.image_pixels(picture()).shape == (3, 24, 24)
+
+
+def test_tokenizer_that_does_not_fit_or_is_not_there(parts, monkeypatch):
+    vision, language = parts
+    (language / "config.json").write_text(json.dumps({"d_model": 8, "n_layer": 1, "vocab_size": 100}))
+    with pytest.raises(ValueError, match="its embedding 104 rows"):
+        VLMambaProcessor.from_parts(vision, language)
+    (language / "tokenizer.json").unlink()
+    monkeypatch.setattr("vlmamba.models.processor.GPT_NEOX", str(language / "nowhere"))
+    with (
+        pytest.warns(UserWarning, match=r"holds no tokenizer\.json"),
+        pytest.raises(ValueError, match=r"put a tokenizer\.json into"),
+    ):
+        VLMambaProcessor.from_parts(vision, language)
 
 
 # ---------------------------------------------------------------------- with transformers

@@ -1,4 +1,4 @@
-"""`vlmamba eval` and `vlmamba score`."""
+"""`vlmamba eval`, `vlmamba score` and `vlmamba report`."""
 
 from __future__ import annotations
 
@@ -105,6 +105,13 @@ def score(
         print(f"  {line}")
     for note in result["notes"]:
         print(f"note: {note}")
+
+
+def report(run: str, output: str, compare: str | None, sample: int) -> None:
+    """Writes the page of an evaluation: scores, skills, answers with their pictures, another run beside it."""
+    from vlmamba.evaluation.report import report as write
+
+    print(write(Path(run), Path(output), compare=None if compare is None else Path(compare), sample=sample))
 
 
 class ModelAnswerer:

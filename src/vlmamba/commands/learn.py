@@ -8,7 +8,7 @@ from pathlib import Path
 
 def train(recipe: str, overrides: list[str] | None, output: str | None) -> None:
     """Runs a recipe or a pipeline; a run that was interrupted goes on where it stopped."""
-    from vlmamba.training.config import ConfigError, load_config, recipes_folder
+    from vlmamba.training.config import load_config, recipes_folder
 
     changes = list(overrides or [])
     for change in changes:
@@ -16,18 +16,23 @@ def train(recipe: str, overrides: list[str] | None, output: str | None) -> None:
             raise ValueError(f"{change!r} is not an override; expected KEY=VALUE, such as optim.lr=1e-3")
     folder = output or str(Path("runs") / Path(recipe).with_suffix("").name)
     is_pipeline = any((path / "pipeline.yaml").is_file() for path in (Path(recipe), recipes_folder() / recipe))
-    try:
-        if is_pipeline:
-            from vlmamba.training.stages import run_pipeline
+    if is_pipeline:
+        from vlmamba.training.stages import run_pipeline
 
-            run_pipeline(recipe, folder, changes)
-            return
-        config = load_config(recipe, changes, **({"output": folder} if output else {}))
-    except ConfigError as error:
-        raise ValueError(str(error)) from error
+        run_pipeline(recipe, folder, changes)
+        return
+    if output is None and not any(change.startswith("output=") for change in changes):
+        changes = [*changes, *([] if _names_output(recipe) else [f"output={folder}"])]
+    config = load_config(recipe, changes, **({"output": output} if output else {}))
     from vlmamba.training.run import run
 
     run(config)
+
+
+def _names_output(recipe: str) -> bool:
+    from vlmamba.training.config import find_recipe
+
+    return any(line.startswith("output:") for line in find_recipe(recipe).read_text(encoding="utf-8").splitlines())
 
 
 def scenes(output: str, kind: str, count: int, seed: int, size: int, split: str | None) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,18 +66,20 @@ class VLMambaProcessor(ProcessorMixin):
     ) -> VLMambaProcessor:
         """The processor for a pre-trained vision encoder and language model, a folder or Hub id each.
 
-        A language model without a tokenizer of its own (state-spaces/mamba-*) gets GPT-NeoX's.
-        """
-        from transformers import AutoConfig, AutoTokenizer
+        A language model without a tokenizer of its own (state-spaces/mamba-*) gets GPT-NeoX's, and a warning says so.
 
-        config = AutoConfig.from_pretrained(vision)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(language)
-        except (OSError, ValueError, KeyError):
-            tokenizer = AutoTokenizer.from_pretrained(GPT_NEOX)
-        image_processor = load_image_processor(vision, getattr(config, "vision_config", config))
-        patch_size = getattr(config, "vision_config", config).patch_size
-        return cls(image_processor, tokenizer, patch_size, vision_cls, image_mode)
+        Raises:
+            ValueError: a part that is not there, or a tokenizer that has more entries than the model has rows.
+        """
+        from transformers import AutoConfig
+
+        from vlmamba.models.weights import fetch
+
+        folder = fetch(vision)
+        config = AutoConfig.from_pretrained(folder)
+        config = getattr(config, "vision_config", config)
+        image_processor = load_image_processor(folder, config)
+        return cls(image_processor, load_tokenizer(language), config.patch_size, vision_cls, image_mode)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, path: Any, processor_dict: dict | None = None, **kwargs: Any) -> list[Any]:
@@ -329,6 +332,29 @@ class VLMambaProcessor(ProcessorMixin):
             ids += new
             labels += new if run.learn else [NO_LABEL] * len(new)
         return ids, labels
+
+
+def load_tokenizer(language: str | Path) -> Any:
+    """The tokenizer in the folder or Hub repository of a language model; GPT-NeoX's where there is none."""
+    from transformers import PreTrainedTokenizerFast
+
+    from vlmamba.models.weights import fetch, language_config, read_config
+
+    folder = fetch(language)
+    own = (folder / "tokenizer.json").is_file()
+    if not own:
+        warnings.warn(f"{language} holds no tokenizer.json; the tokenizer of {GPT_NEOX} is taken", stacklevel=2)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder if own else GPT_NEOX)
+    except OSError as error:
+        raise ValueError(
+            f"{language} holds no tokenizer.json and that of {GPT_NEOX} could not be downloaded; "
+            f"put a tokenizer.json into {folder}"
+        ) from error
+    rows = language_config(read_config(folder), str(language))[0].vocab_size
+    if len(tokenizer) > rows:
+        raise ValueError(f"the tokenizer for {language} has {len(tokenizer)} entries, its embedding {rows} rows")
+    return tokenizer
 
 
 def build_image_processor(vision_config: Any) -> Any:
