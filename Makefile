@@ -33,7 +33,7 @@ $(VENV)/demo.done: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/dev.done: $(VENV)/demo.done
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev,train,lora]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev,train,lora,eval]"
 	touch $@
 
 .PHONY: demo test test-newest test-gpu lint bench
