@@ -24,6 +24,8 @@ class ScenesConfig:
     """Most questions asked of one scene."""
     kinds: dict[str, float] | None = None
     """Weights of the kinds of picture; None: the world's own."""
+    pictures: bool = True
+    """False leaves the pictures out: what can be answered blind."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class ScenesSource:
             turns = tuple((_as_asked(q, index + i), q.answer) for i, q in enumerate(scene.questions))
         else:
             turns = (("", scene.caption if what == "caption" else scene.description),)
-        return Record(id=name, turns=turns, images=(scene.image,))
+        return Record(id=name, turns=turns, images=(scene.image,) if self.config.pictures else ())
 
 
 def _as_asked(question: Question, number: int) -> str:
