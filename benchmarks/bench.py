@@ -67,7 +67,9 @@ class Bench:
             if times:
                 least, limit = max(times)
                 fraction = least / (timing.median / 1e3)
-        row = Row(self.section, case, who, mode, unit, **numbers, fraction=fraction, limit=limit, note=note, shape=shape)
+        row = Row(
+            self.section, case, who, mode, unit, **numbers, fraction=fraction, limit=limit, note=note, shape=shape
+        )
         print(f"{self.section:10} {case:42} {who:24} {mode:10} {_short(row)}", flush=True)
         return self.report.add(row)
 

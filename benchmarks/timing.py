@@ -40,7 +40,9 @@ class Timing:
         return f"{self.median:.4g} ms ({self.low:.4g} to {self.high:.4g}, {self.repeats} times)"
 
 
-def rotating(make: Callable[[], Any], device: torch.device | str, most: int = 64, cache: int | None = None) -> list[Any]:
+def rotating(
+    make: Callable[[], Any], device: torch.device | str, most: int = 64, cache: int | None = None
+) -> list[Any]:
     """Enough fresh results of `make()` (a tensor, or tensors in tuples, lists, dicts) to exceed the cache three times.
 
     Args:
@@ -135,7 +137,7 @@ def process_times(
 def interleaved(
     functions: dict[str, Callable[[], Any]], clock: Clock, *, budget: float = 4.0, least: int = 3, most: int = 50
 ) -> dict[str, Timing]:
-    """Times of several functions taken in turns, so that a machine whose speed drifts is as kind to one as to another."""
+    """Times of several functions taken in turns, so that a machine whose speed drifts treats them alike."""
     for function in functions.values():
         function()
     samples: dict[str, list[float]] = {name: [] for name in functions}
