@@ -71,7 +71,9 @@ def verify(language: str, vision: str, image: str | None, text: str | None, devi
     if not wrong:
         print(
             "Both parts compute what transformers computes. Compose them with\n"
-            f"  VLMambaForConditionalGeneration.from_parts(vision={vision!r}, language={language!r})"
+            f"  processor = VLMambaProcessor.from_parts({vision!r}, {language!r})\n"
+            f"  model = VLMambaForConditionalGeneration.from_parts({vision!r}, {language!r},"
+            " image_token_id=processor.image_token_id)"
         )
     return int(bool(wrong))
 

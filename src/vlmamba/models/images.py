@@ -118,7 +118,9 @@ def _open(source: ImageSource, name: str) -> Image.Image:
     if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
         raise ValueError(f"{name} is an address, not a file; download it first")
     try:
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
+        Image.init()
+        known = [format for format in _FORMATS if format in Image.OPEN]  # builds of Pillow differ in what they read
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=known)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large to be read safely: {error}. Scale it down first") from error
     except Image.UnidentifiedImageError as error:
