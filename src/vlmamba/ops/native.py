@@ -26,7 +26,6 @@ class Host:
 
     name: str
     lanes: int  # of float32 in a vector register
-    registers: int
     avx512: bool
 
 
@@ -58,13 +57,13 @@ def host() -> Host:
     import llvmlite.binding as llvm
 
     if platform.machine().lower() in ("aarch64", "arm64"):
-        return Host("NEON", 4, 32, False)
+        return Host("NEON", 4, False)
     features = llvm.get_host_cpu_features()
     if features.get("avx512f") and features.get("avx512dq") and features.get("avx512vl"):
-        return Host("AVX-512", 16, 32, True)
+        return Host("AVX-512", 16, True)
     if features.get("avx2") and features.get("fma"):
-        return Host("AVX2", 8, 16, False)
-    return Host("SSE", 4, 16, False)
+        return Host("AVX2", 8, False)
+    return Host("SSE", 4, False)
 
 
 class Kernel:

@@ -70,11 +70,16 @@ def backward(
         dlast = dlast if kept is None else torch.where(kept[..., None], dlast, 0)
         dfull.scatter_add_(1, where[..., None].expand(-1, -1, x.shape[2]), dlast)
     return (
-        dfull[:, taps - 1 :].to(x.dtype).contiguous(),
+        _copy(dfull[:, taps - 1 :], x.dtype),
         dweight.to(weight.dtype),
         None if bias is None else dy.sum((0, 1)).to(bias.dtype),
-        None if initial_state is None else dfull[:, : taps - 1].to(initial_state.dtype).contiguous(),
+        None if initial_state is None else _copy(dfull[:, : taps - 1], initial_state.dtype),
     )
+
+
+def _copy(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """Two results of an op may not share memory."""
+    return part.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _sigmoid(v: Tensor) -> Tensor:

@@ -82,9 +82,7 @@ def forward(
             z_BTD = _visible(inputs.z_BLD[:, steps], inputs, steps).to(y_BTD.dtype)
             y_BTD = y_BTD * (z_BTD * _sigmoid(z_BTD))
         y[:, steps] = _visible(y_BTD, inputs, steps)
-    final = state_BND.transpose(1, 2).contiguous() if return_final_state else state_BND.new_empty(0)
-    if return_final_state and initial_state is not None and final.data_ptr() == initial_state.data_ptr():
-        final = final.clone()  # an op may not return its own input
+    final = _channels_first(state_BND) if return_final_state else state_BND.new_empty(0)
     return y, final, saved
 
 
@@ -152,7 +150,7 @@ def backward(
         None if D is None else dD.to(D.dtype),
         dz,
         None if dt_bias is None else dbias.to(dt_bias.dtype),
-        None if initial_state is None else dstate_BND.transpose(1, 2).to(initial_state.dtype).contiguous(),
+        None if initial_state is None else _channels_first(dstate_BND).to(initial_state.dtype),
     )
 
 
@@ -203,6 +201,11 @@ def _initial(state_BDN: Tensor | None, inputs: Inputs, batch: int) -> Tensor:
     if state_BDN is None:
         return inputs.A_ND.new_zeros(batch, states, channels)
     return state_BDN.to(inputs.A_ND.dtype).transpose(1, 2)
+
+
+def _channels_first(state_BND: Tensor) -> Tensor:
+    """(B, D, N), always a copy: with nothing to scan the state is still the caller's, and an op may not return that."""
+    return state_BND.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def _visible(values: Tensor, inputs: Inputs, steps: slice) -> Tensor:
