@@ -175,6 +175,12 @@ def test_time_budget_ends_the_run(recipe, tmp_path, monkeypatch) -> None:
     assert last["lr"] < 0.1
 
 
+def test_events_for_tensorboard(recipe, tmp_path) -> None:
+    pytest.importorskip("tensorboard")
+    run(recipe(logging={"tensorboard": True}))
+    assert list((tmp_path / "run/tensorboard").glob("events.*"))
+
+
 def test_unknown_device(recipe) -> None:
     with pytest.raises(ConfigError, match="abacus"):
         run(recipe(device="abacus"))
