@@ -112,6 +112,10 @@ class Deck:
                 return self.pair(colour, shape)
         return self.rng.choice(options)
 
+    def pairs(self, held_out: bool) -> tuple[tuple[str, str], ...]:
+        """All colours of shapes that stand out here, held out or not."""
+        return _pairs(self.base, held_out)
+
     def word(self, shortest: int = 3, longest: int = 8) -> str:
         """A word not yet in the picture; one in five is a string of letters that means nothing."""
         while True:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import cos, pi, sin
 from random import Random
 
 from vlmamba.data.scenes.deck import WRITTEN_SET, Deck, draw_background
 from vlmamba.data.scenes.scene import SIDE, Group, Item, Scene
 from vlmamba.data.scenes.sprites import FACES, SHAPE_AREA, available_things, text_size, thing_ratio
-from vlmamba.data.scenes.vocabulary import FILLS, SHAPES, SIZE_PX, SIZES, SMALLEST_THING, held_out_pair, plural
+from vlmamba.data.scenes.vocabulary import FILLS, SHAPES, SIZE_PX, SIZES, SMALLEST_THING, plural
 
 _MOST = 6  # the highest count asked for
 _HIDDEN = 0.22  # the part of an item that others may hide, by a bound that is never exceeded
@@ -99,8 +100,13 @@ def at_large(rng: Random, items: list[Item], overlap: bool) -> bool:
     hidden: list[float] = []
     for item in items:
         w, h = item.width / 2 + 1, item.height / 2 + 1
-        for _ in range(40):
+        touching = rng.choice(placed) if overlap and placed and rng.random() < 0.6 else None
+        for attempt in range(40):
             item.x, item.y = round(rng.uniform(w, SIDE - w)), round(rng.uniform(h, SIDE - h))
+            if touching and attempt < 12:
+                turn, reach = rng.uniform(0, 2 * pi), 0.4 * (touching.px + item.px)
+                item.x = round(min(SIDE - w, max(w, touching.x + reach * cos(turn))))
+                item.y = round(min(SIDE - h, max(h, touching.y + reach * sin(turn))))
             more = _clash(item, placed, hidden, overlap)
             if more is not None:
                 break
@@ -272,23 +278,20 @@ def _groups(
     return tuple(groups), members
 
 
-def absent_shape(rng: Random, scene: Scene, deck: Deck) -> tuple[str, str]:
-    """A colour and shape not in the picture together, in half of the cases both there apart; held out where the scene
-    is."""
+def absent_pairs(scene: Scene, deck: Deck) -> list[tuple[str, str]]:
+    """Colours of shapes that are not in the picture but could be; held-out ones where the scene is."""
     present = {(i.colour, i.name) for i in scene.shapes}
+    return [pair for pair in deck.pairs(scene.held_out) if pair not in present]
+
+
+def absent_shape(rng: Random, scene: Scene, deck: Deck) -> tuple[str, str] | None:
+    """One of these; outside the held-out split in half of the cases with its colour and its shape there apart."""
+    absent = absent_pairs(scene, deck)
     if not scene.held_out and rng.random() < 0.5:
-        mixed = [
-            (a.colour, b.name)
-            for a in scene.shapes
-            for b in scene.shapes
-            if (a.colour, b.name) not in present and not held_out_pair(a.colour, b.name)
-        ]
-        if mixed:
+        colours, shapes = {i.colour for i in scene.shapes}, {i.name for i in scene.shapes}
+        if mixed := [(c, s) for c, s in absent if c in colours and s in shapes]:
             return rng.choice(mixed)
-    while True:
-        pair = deck.pair()
-        if pair not in present and held_out_pair(*pair) == scene.held_out:
-            return pair
+    return rng.choice(absent) if absent else None
 
 
 def absent_kind(rng: Random, scene: Scene) -> str:

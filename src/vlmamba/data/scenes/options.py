@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from vlmamba.data.scenes.deck import contrasting
 from vlmamba.data.scenes.describe import caption, item_phrase, listing, open_reply
+from vlmamba.data.scenes.objects import absent_pairs
 from vlmamba.data.scenes.question import Asker, Question, at
 from vlmamba.data.scenes.scene import Item
 from vlmamba.data.scenes.vocabulary import article, held_out_pair
@@ -45,18 +46,13 @@ def which_is_here(asker: Asker) -> Question | None:
 
 def which_shape_is_here(asker: Asker) -> Question | None:
     shapes = [i for i in asker.scene.shapes if not asker.scene.held_out or held_out_pair(i.colour, i.name)]
-    present = {(i.colour, i.name) for i in asker.scene.shapes}
-    if not shapes:
+    absent = absent_pairs(asker.scene, asker.deck)
+    if not shapes or len(absent) < 3:
         return None
-
-    def absent() -> str:
-        while (pair := asker.deck.pair()) in present or held_out_pair(*pair) != asker.scene.held_out:
-            pass
-        return article(" ".join(pair))
-
     item = asker.rng.choice(shapes)
+    draw = lambda: article(" ".join(asker.rng.choice(absent)))  # noqa: E731
     wordings = ("which of these is in the picture?", "which of these can you see?")
-    return _lettered(asker, "shape", wordings, article(f"{item.colour} {item.name}"), absent, [item])
+    return _lettered(asker, "shape", wordings, article(f"{item.colour} {item.name}"), draw, [item])
 
 
 def thing_at(asker: Asker) -> Question | None:

@@ -115,6 +115,8 @@ def exists_shape(asker: Asker) -> Question | None:
     if not shapes:
         return None
     absent = absent_shape(asker.rng, asker.scene, asker.deck)
+    if absent is None:
+        return None
     present = asker.coin()
     item = asker.rng.choice(shapes) if present else Item("shape", absent[1], absent[0])
     answer = "yes" if present else "no"
