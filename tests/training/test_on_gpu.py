@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from vlmamba.models.vlm import VLMambaForConditionalGeneration
+from vlmamba.training import run
 from vlmamba.training.metrics import read_metrics
-from vlmamba.training.run import run
 from vlmamba.training.step import Step
 from vlmamba.training.trainer import Interrupted
 

@@ -125,3 +125,11 @@ def test_curves(tmp_path: Path) -> None:
     assert svg.count("<polyline") == 2
     assert "a &lt; b: 0.204 at step 49" in svg
     assert "nan" not in svg
+
+
+def test_public_names_are_functions() -> None:
+    """Also once the modules that hold them are loaded."""
+    import vlmamba.training
+
+    for name in ("run", "run_pipeline", "load_config"):
+        assert callable(getattr(vlmamba.training, name))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vlmamba.training import build
+from vlmamba.training.launch import make_feed, prepare
 from vlmamba.training.optimizer import freeze, is_decayed, make_optimizer, parameter_groups, part_of, rate_at
-from vlmamba.training.run import make_feed, prepare
 from vlmamba.training.step import Step
 
 CPU = torch.device("cpu")

@@ -13,10 +13,9 @@ from PIL import Image
 
 from vlmamba.models.processor import VLMambaProcessor
 from vlmamba.models.vlm import VLMambaForConditionalGeneration
-from vlmamba.training import checkpoint
+from vlmamba.training import checkpoint, run
 from vlmamba.training.config import ConfigError
 from vlmamba.training.metrics import read_metrics
-from vlmamba.training.run import run
 from vlmamba.training.step import Step
 from vlmamba.training.trainer import INTERRUPTED, BadDataError, Interrupted, NonFiniteError
 

@@ -24,7 +24,7 @@ def train(recipe: str, overrides: list[str] | None, output: str | None) -> None:
     if output is None and not any(change.startswith("output=") for change in changes):
         changes = [*changes, *([] if _names_output(recipe) else [f"output={folder}"])]
     config = load_config(recipe, changes, **({"output": output} if output else {}))
-    from vlmamba.training.run import run
+    from vlmamba.training import run
 
     run(config)
 

@@ -9,7 +9,7 @@ _HOME = {
     "RunConfig": "config",
     "ConfigError": "config",
     "load_config": "config",
-    "run": "run",
+    "run": "launch",
     "run_pipeline": "stages",
     "Interrupted": "trainer",
     "INTERRUPTED": "trainer",

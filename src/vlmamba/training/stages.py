@@ -35,8 +35,8 @@ from vlmamba.training.config import (
     recipes_folder,
 )
 from vlmamba.training.curve import draw_curves
+from vlmamba.training.launch import run
 from vlmamba.training.metrics import read_metrics
-from vlmamba.training.run import run
 from vlmamba.training.tokenizer import train_tokenizer
 
 PIPELINE_FILE = "pipeline.yaml"
