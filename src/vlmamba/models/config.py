@@ -77,7 +77,7 @@ class VLMambaConfig(PreTrainedConfig):
         return SCANS[self.scan]
 
 
-def _sub_config(value: dict | PreTrainedConfig | None, default: type, name: str) -> PreTrainedConfig:
+def _sub_config(value: Any, default: Any, name: str) -> PreTrainedConfig:
     if value is None:
         return default()
     if isinstance(value, PreTrainedConfig):

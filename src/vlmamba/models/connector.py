@@ -14,6 +14,7 @@ N state size, R rank of dt, W convolution width.
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,7 @@ class Connector(nn.Module):
 
     def __init__(self, config: VLMambaConfig):
         super().__init__()
-        vision, width = config.vision_config.hidden_size, config.text_config.hidden_size
+        vision, width = (cast(Any, part).hidden_size for part in (config.vision_config, config.text_config))
         self.kind = config.connector
         shared = config.scan_weights == "shared"
         if self.kind == "mlp":

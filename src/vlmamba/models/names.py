@@ -1,8 +1,8 @@
 """The three namings of one Mamba language model, and the way between them.
 
-    original (mamba_ssm)      backbone.embedding.weight    mixer.A_log      mixer.D      mixer.dt_proj.bias
-    transformers, and saved   backbone.embeddings.weight   mixer.A_log      mixer.D      mixer.dt_proj.bias
-    ours at run time          backbone.embeddings.weight   mixer.ssm.A_log  mixer.ssm.D  mixer.ssm.dt_bias
+original (mamba_ssm)      backbone.embedding.weight    mixer.A_log      mixer.D      mixer.dt_proj.bias
+transformers, and saved   backbone.embeddings.weight   mixer.A_log      mixer.D      mixer.dt_proj.bias
+ours at run time          backbone.embeddings.weight   mixer.ssm.A_log  mixer.ssm.D  mixer.ssm.dt_bias
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from vlmamba.models.config import VLMambaConfig
 from vlmamba.models.connector import VSS, Connector, OrderLinear
 from vlmamba.models.mamba import MambaOutput, VLMambaForCausalLM, VLMambaPreTrainedModel, continue_inputs
 from vlmamba.models.state import MambaState
-from vlmamba.models.vision import build_vision_tower
+from vlmamba.models.vision import VisionTower, build_vision_tower
 
 
 class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
@@ -26,15 +26,26 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
-    _no_split_modules = ("MambaBlock", "CLIPEncoderLayer", "SiglipEncoderLayer", "VSS")
+    _no_split_modules = ["MambaBlock", "CLIPEncoderLayer", "SiglipEncoderLayer", "VSS"]
     _tied_weights_keys = {"language_model.lm_head.weight": "language_model.backbone.embeddings.weight"}
     _supports_sdpa = True
 
-    def __init__(self, config: VLMambaConfig):
+    def __init__(
+        self,
+        config: VLMambaConfig,
+        vision_tower: VisionTower | None = None,
+        language_model: VLMambaForCausalLM | None = None,
+    ):
+        """Parts that are not given are made anew, with random weights."""
         super().__init__(config)
-        self.vision_tower = build_vision_tower(config.vision_config, config.vision_layer, config.vision_cls)
+        for part in (vision_tower, language_model):
+            for module in part.modules() if part is not None else ():
+                module._is_hf_initialized = True  # post_init draws weights for what is new only
+        self.vision_tower = vision_tower or build_vision_tower(
+            config.vision_config, config.vision_layer, config.vision_cls
+        )
         self.connector = Connector(config)
-        self.language_model = VLMambaForCausalLM(config.text_config)
+        self.language_model = language_model or VLMambaForCausalLM(config.text_config)
         self.post_init()
 
     @classmethod

@@ -16,6 +16,7 @@ from transformers import AutoConfig, MambaConfig
 from vlmamba.models.config import VLMambaConfig
 from vlmamba.models.mamba import VLMambaForCausalLM
 from vlmamba.models.names import to_runtime
+from vlmamba.models.template import PLACEHOLDER
 from vlmamba.models.vision import VisionTower, build_vision_tower
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ValueError(f"{where} does not fit the model: {shown}")
-    model.load_state_dict(dict(tensors), strict=False)
+    model.load_state_dict(dict(tensors), strict=False, assign=True)
 
 
 def _is_tied(model: nn.Module) -> bool:
@@ -170,8 +171,9 @@ def _is_tied(model: nn.Module) -> bool:
     return bool(getattr(config, "tie_word_embeddings", False))
 
 
-def load_language(source: str | Path, dtype: torch.dtype | None = None) -> tuple[VLMambaForCausalLM, int | None]:
-    """A Mamba language model from a folder or Hub id, original or transformers' names; and its number of tokens.
+def load_language(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[VLMambaForCausalLM, int | None]:
+    """A Mamba language model from a folder or Hub id, original or transformers' names; and its number of tokens, where
+    its files tell.
 
     Raises:
         ValueError: not a Mamba-1 checkpoint, or a tensor missing, surplus or mis-shaped.
@@ -179,10 +181,27 @@ def load_language(source: str | Path, dtype: torch.dtype | None = None) -> tuple
     folder = fetch(source)
     config, tokens = language_config(read_config(folder), str(source))
     tensors = {to_runtime(name): tensor for name, tensor in read_tensors(folder).items()}
-    model = VLMambaForCausalLM(config)
+    tensors = {name: t.to(torch.float32 if ".ssm." in name else dtype) for name, t in tensors.items()}
+    with torch.device("meta"):  # nothing is drawn at random only to be overwritten
+        model = VLMambaForCausalLM(config)
     load_strictly(model, tensors, str(source))
     model.tie_weights()
-    return (model if dtype is None else model.to(dtype)), tokens
+    return model, tokens or count_tokens(folder)
+
+
+def read_vocabulary(folder: Path) -> dict[str, int]:
+    """Token to id of the tokenizer beside a checkpoint; empty without one."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return {}
+    content = json.loads(path.read_text())
+    return content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
+
+
+def count_tokens(folder: Path) -> int | None:
+    """Rows of the embedding that stand for text; None without a tokenizer."""
+    ids = [number for token, number in read_vocabulary(folder).items() if token != PLACEHOLDER]
+    return max(ids) + 1 if ids else None
 
 
 def load_vision(source: str | Path, layer: int = -2, cls: bool = False) -> VisionTower:
@@ -193,7 +212,7 @@ def load_vision(source: str | Path, layer: int = -2, cls: bool = False) -> Visio
     """
     folder = fetch(source)
     tower = build_vision_tower(AutoConfig.from_pretrained(folder), layer, cls)
-    picked, surplus = tower.select_weights(read_tensors(folder))
+    picked, surplus = tower.select_weights({name: t.float() for name, t in read_tensors(folder).items()})
     if surplus:
         raise ValueError(f"{source} holds tensors that belong to neither CLIP nor SigLIP: {', '.join(surplus[:8])}")
     load_strictly(tower.model, picked, str(source))
@@ -211,21 +230,23 @@ def compose(
     vision_cls: bool = False,
     image_token_id: int | None = None,
     num_text_tokens: int | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> VLMambaForConditionalGeneration:
     """A VL-Mamba of a pre-trained vision encoder, a pre-trained Mamba and a randomly initialised connector.
 
     Args:
         vision, language: a folder or a Hub id each.
-        image_token_id: the placeholder's id; default: the first id above the tokens of the language model. It needs
-            no row in the embedding.
+        image_token_id: the placeholder's id; default: what the tokenizer beside the language model says, else the
+            first id above its tokens. It needs no row in the embedding.
         num_text_tokens: tokens that may be generated; default: what the language model's files tell, else all rows.
-        dtype: of the whole model (A_log, D and dt bias stay float32); default float32.
+        dtype: of the whole model (A_log, D and dt bias stay float32).
     """
     from vlmamba.models.vlm import VLMambaForConditionalGeneration
 
-    language_model, tokens = load_language(language)
+    language_model, tokens = load_language(language, dtype)
     tower = load_vision(vision, vision_layer, vision_cls)
+    if image_token_id is None:
+        image_token_id = read_vocabulary(fetch(language)).get(PLACEHOLDER)
     tokens = num_text_tokens or tokens or language_model.config.vocab_size
     config = VLMambaConfig(
         vision_config=tower.config,
@@ -238,7 +259,4 @@ def compose(
         image_token_id=tokens if image_token_id is None else image_token_id,
         num_text_tokens=tokens,
     )
-    model = VLMambaForConditionalGeneration(config)
-    model.vision_tower = tower
-    model.language_model = language_model
-    return model if dtype is None else model.to(dtype)
+    return VLMambaForConditionalGeneration(config, tower, language_model).to(dtype)
