@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmamba.ops.selective_scan.triton import check, is_reset, position, row_major, sigmoid, valid_lengths
+from vlmamba.ops.lanes import is_reset, position, sigmoid
+from vlmamba.ops.selective_scan.triton import check, row_major, valid_lengths
 
 CHUNK = 64  # steps that one program walks
 

@@ -1,197 +1,419 @@
 """Selective scan on the GPU, in Triton: forward and backward of Mamba's recurrence, over a sequence or over a grid of patches.
 
-One kernel serves both: a row is a sequence (K = 1) or one order of one image, and `_position` says where in memory its
-step t stands. Every sum over programs goes through partial results in memory and a second pass, so two runs agree bit for bit.
+One set of kernels serves both: a row is a sequence (K = 1) or one order of one image, and `position` says where in memory its
+step t stands. A program is one warp that walks a segment of a row for 128 / S channels (`vlmamba.ops.lanes` says how its lanes
+share them). Where rows and channels are too few to fill the GPU, a row is cut into segments: a first pass finds what each
+segment adds to the state, and the main pass begins by folding what the segments before it added. The forward pass saves the
+state every CHUNK steps; the backward pass recomputes the rest. Every sum over programs goes through partial results in
+memory and a second pass, so two runs agree bit for bit.
 
-Letters: B batch, K scan orders, R = B * K rows, L length (or patches), D channels, N state size, C saved chunks.
+Letters: B batch, K scan orders, R = B * K rows, L length (or patches), D channels, N state size, C saved chunks, G segments,
+J blocks of channels, S lanes of a group of 4 channels, NS states of a lane, T steps done together.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 32  # steps between two saved states: the backward pass recomputes the states in between
-LOG2E = tl.constexpr(1.4426950408889634)
+from vlmamba.ops.lanes import (
+    LOG2E, add_across, decayed, fetch, fetch_states, fold, is_reset, keep_unless, load_matrix, load_values, over_groups,
+    own_total, places, sigmoid, softplus, spread, store_matrix, store_values, unpack, zeros,
+)  # fmt: skip
+
+T = 4  # steps done together in forward: their loads are in flight while the steps before are computed
+T_BACK = 2  # the same in backward, which holds the states of these steps in registers: 4 of them spill
+CHUNK = 32  # steps between two saved states
+ROUNDS = 2  # warps that each of a multiprocessor's four schedulers should have before a row is left whole
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def softplus(v):
-    """log(1 + exp(v)). The polynomial is log(1 + e) / e on [0, 1], minimax in the relative error (2e-7): no cancellation
-    where dt is small, and no second trip to the special-function unit."""
-    e = tl.exp2(-tl.abs(v) * LOG2E)
-    p = e * 0.0052326880395412445 - 0.029505213722586632
-    p = p * e + 0.07822591066360474
-    p = p * e - 0.13663242757320404
-    p = p * e + 0.19106005132198334
-    p = p * e - 0.2484298199415207
-    p = p * e + 0.3331909775733948
-    p = p * e - 0.4999949336051941
-    p = p * e + 0.9999999403953552
-    return tl.maximum(v, 0.0) + p * e
+def _lanes(states, dim, S: tl.constexpr, NS: tl.constexpr):
+    """(first channel of the lane's group, first state of the lane, the lane's own channel)."""
+    lane = tl.arange(0, 32)
+    group = tl.program_id(0) * (128 // S) + lane // S * 4
+    return group, lane % S * NS, group + (lane & 3)
 
 
 @triton.jit
-def sigmoid(v):
-    """1 / (1 + exp(-v)) as the square of a reciprocal root: one instruction where a division takes eight."""
-    r = tl.rsqrt(1.0 + tl.exp2(-v * LOG2E))
-    return r * r
+def _step_sizes(raw, bias, first, last, T: tl.constexpr, SOFTPLUS: tl.constexpr):
+    """Own channel's dt at T steps, 0 from `last` on (the state stays), and what stood before the softplus."""
+    sizes = ()
+    before = ()
+    for j in tl.static_range(T):
+        v = raw[j].to(tl.float32) + bias
+        size = softplus(v) if SOFTPLUS else v
+        sizes = sizes + (tl.where(first + j < last, size, 0.0),)
+        before = before + (v,)
+    return sizes, before
 
 
 @triton.jit
-def position(step, length, orders, k, height, width, GRID: tl.constexpr):
-    """Where step `step` of order k stands in memory. `orders` packs two bits per k: 1 reverses, 2 walks down the columns."""
-    if GRID:
-        order = (orders >> (2 * k)) & 3
-        t = tl.where(order % 2 == 1, length - 1 - step, step)
-        t = tl.where(order >= 2, (t % height) * width + t // height, t)
-    else:
-        t = step
-    return t
+def _advance(h, a2, dt_t, dtx_t, B_t, S: tl.constexpr, NS: tl.constexpr):
+    """One step: h = exp(dt A) h + dt x B."""
+    dts, dtxs = spread(dt_t, S), spread(dtx_t, S)
+    after = ()
+    for e in tl.static_range(4 * NS):
+        after = after + (tl.exp2(dts[e // NS] * a2[e]) * h[e] + dtxs[e // NS] * B_t[e % NS],)
+    return after
 
 
 @triton.jit
-def is_reset(seq_idx, base, step):
-    """Whether a new sequence begins at this step (never at the first one, which continues from the initial state)."""
-    return tl.load(seq_idx + base + step) != tl.load(seq_idx + base + tl.maximum(step - 1, 0))
+def _read_out(h, C_t, S: tl.constexpr, NS: tl.constexpr):
+    """Own channel's C . h."""
+    sums = ()
+    for i in tl.static_range(4):
+        total = h[i * NS] * C_t[0]
+        for j in tl.static_range(1, NS):
+            total += h[i * NS + j] * C_t[j]
+        sums = sums + (total,)
+    return own_total(sums, S)
+
+
+@triton.jit
+def _segment_kernel(
+    x, dt, A, B, dt_bias, seq_idx, lengths, parts, spans,
+    length, dim, states, rows_k, orders, height, width, segment_length, segments,
+    x_b, x_k, x_l, dt_b, dt_k, dt_l, B_b, B_k, B_l,
+    T: tl.constexpr, S: tl.constexpr, NS: tl.constexpr, SOFTPLUS: tl.constexpr, GRID: tl.constexpr,
+    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
+):  # fmt: skip
+    """What a segment adds to the state, beginning from zero, and its sum of dt."""
+    row = tl.program_id(2).to(tl.int64)
+    b, k = row // rows_k, row % rows_k
+    group, state, own = _lanes(states, dim, S, NS)
+    d = tl.minimum(own, dim - 1)
+    a2 = load_matrix(A + k * dim * states, group, state, dim, states, LOG2E, NS)
+    bias = tl.load(dt_bias + k * dim + d) if HAS_BIAS else tl.zeros([32], tl.float32)
+    end = tl.load(lengths + b) if HAS_SEQ else length
+    begin = tl.program_id(1) * segment_length
+    last = tl.minimum(begin + segment_length, end)
+    x += b * x_b + k * x_k + d
+    dt += b * dt_b + k * dt_k + d
+    B += b * B_b + k * B_k + state
+    h = zeros(4 * NS)
+    span = tl.zeros([32], tl.float32)
+    at = places(begin, last, length, orders, k, height, width, T, GRID)
+    x_raw, dt_raw, B_raw = fetch(x, x_l, at, T), fetch(dt, dt_l, at, T), fetch_states(B, B_l, at, states - state, T, NS, PACKED)
+    for first in range(begin, last, T):
+        at = places(first + T, last, length, orders, k, height, width, T, GRID)
+        x_next, dt_next = fetch(x, x_l, at, T), fetch(dt, dt_l, at, T)
+        B_next = fetch_states(B, B_l, at, states - state, T, NS, PACKED)
+        sizes, _ = _step_sizes(dt_raw, bias, first, last, T, SOFTPLUS)
+        for j in tl.static_range(T):
+            if HAS_SEQ:
+                reset = (first + j < last) & is_reset(seq_idx, b * length, tl.minimum(first + j, last - 1))
+                h = keep_unless(reset, h)
+                span = tl.where(reset, float("nan"), span)
+            span += sizes[j]
+            B_t = unpack(B_raw[j], B.dtype.element_ty, PACKED)
+            h = _advance(h, a2, sizes[j], sizes[j] * x_raw[j].to(tl.float32), B_t, S, NS)
+        x_raw, dt_raw, B_raw = x_next, dt_next, B_next
+    part = (row * segments + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    store_values(parts + part * (4 * NS * 32), h)
+    tl.store(spans + part * 32 + tl.arange(0, 32), span)
 
 
 @triton.jit
 def _forward_kernel(
-    x, dt, A, B, C, D, z, dt_bias, initial, seq_idx, lengths, y, final, saved,
-    length, dim, states, rows_k, orders, height, width,
+    x, dt, A, B, C, D, z, dt_bias, initial, seq_idx, lengths, parts, spans, y, final, saved,
+    length, dim, states, rows_k, orders, height, width, segment_length, segments, chunks,
     x_b, x_k, x_l, dt_b, dt_k, dt_l, B_b, B_k, B_l, C_b, C_k, C_l, z_b, z_l,
-    CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTPLUS: tl.constexpr, GRID: tl.constexpr,
-    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ: tl.constexpr,
-    HAS_FINAL: tl.constexpr,
+    CHUNK: tl.constexpr, T: tl.constexpr, S: tl.constexpr, NS: tl.constexpr, SOFTPLUS: tl.constexpr, GRID: tl.constexpr,
+    PACKED: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_SEQ: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_PARTS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
     b, k = row // rows_k, row % rows_k
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    n = tl.arange(0, BLOCK_N)
-    in_d, in_n = d < dim, n < states
-    in_dn = in_d[:, None] & in_n[None, :]
-    dn = d[:, None] * states + n[None, :]
-    a2 = tl.load(A + k * dim * states + dn, mask=in_dn, other=0.0) * LOG2E
-    bias = tl.load(dt_bias + k * dim + d, mask=in_d, other=0.0) if HAS_BIAS else tl.zeros([BLOCK_D], tl.float32)
-    skip = tl.load(D + k * dim + d, mask=in_d, other=0.0) if HAS_D else tl.zeros([BLOCK_D], tl.float32)
-    state = row * dim * states + dn
-    h = tl.load(initial + state, mask=in_dn, other=0.0) if HAS_INITIAL else tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
+    blocks = tl.num_programs(0)
+    group, state, own = _lanes(states, dim, S, NS)
+    d = tl.minimum(own, dim - 1)
+    a2 = load_matrix(A + k * dim * states, group, state, dim, states, LOG2E, NS)
+    bias = tl.load(dt_bias + k * dim + d) if HAS_BIAS else tl.zeros([32], tl.float32)
+    skip = tl.load(D + k * dim + d) if HAS_D else tl.zeros([32], tl.float32)
+    h = zeros(4 * NS)
+    if HAS_INITIAL:
+        h = load_matrix(initial + row * dim * states, group, state, dim, states, 1.0, NS)
+    if HAS_PARTS:
+        part = row * segments * blocks + tl.program_id(0)
+        h = fold(h, parts + part * (4 * NS * 32), spans + part * 32, a2, tl.program_id(1), blocks, S, NS)
     end = tl.load(lengths + b) if HAS_SEQ else length
-    chunks = tl.cdiv(length, CHUNK)
-    for step in range(0, end):
-        if step % CHUNK == 0:
-            tl.store(saved + (row * chunks + step // CHUNK) * dim * states + dn, h, mask=in_dn)
-        p = position(step, length, orders, k, height, width, GRID)
-        x_t = tl.load(x + b * x_b + k * x_k + p * x_l + d, mask=in_d, other=0.0).to(tl.float32)
-        v = tl.load(dt + b * dt_b + k * dt_k + p * dt_l + d, mask=in_d, other=0.0).to(tl.float32) + bias
-        dt_t = softplus(v) if SOFTPLUS else v
-        B_t = tl.load(B + b * B_b + k * B_k + p * B_l + n, mask=in_n, other=0.0).to(tl.float32)
-        C_t = tl.load(C + b * C_b + k * C_k + p * C_l + n, mask=in_n, other=0.0).to(tl.float32)
-        if HAS_SEQ:
-            h = tl.where(is_reset(seq_idx, b * length, step), 0.0, h)
-        h = tl.exp2(dt_t[:, None] * a2) * h + (dt_t * x_t)[:, None] * B_t[None, :]
-        y_t = tl.sum(h * C_t[None, :], axis=1) + skip * x_t
-        if HAS_Z:
-            z_t = tl.load(z + b * z_b + p * z_l + d, mask=in_d, other=0.0).to(tl.float32)
-            y_t *= z_t * sigmoid(z_t)
-        tl.store(y + (row * length + p) * dim + d, y_t.to(y.dtype.element_ty), mask=in_d)
+    begin = tl.program_id(1) * segment_length
+    last = tl.minimum(begin + segment_length, end)
+    x += b * x_b + k * x_k + d
+    dt += b * dt_b + k * dt_k + d
+    B += b * B_b + k * B_k + state
+    C += b * C_b + k * C_k + state
+    y += row * length * dim + own
+    at = places(begin, last, length, orders, k, height, width, T, GRID)
+    x_raw, dt_raw, z_raw = fetch(x, x_l, at, T), fetch(dt, dt_l, at, T), ()
+    B_raw = fetch_states(B, B_l, at, states - state, T, NS, PACKED)
+    C_raw = fetch_states(C, C_l, at, states - state, T, NS, PACKED)
+    if HAS_Z:
+        z += b * z_b + d
+        z_raw = fetch(z, z_l, at, T)
+    for chunk_first in range(begin, last, CHUNK):
+        chunk = (row * chunks + chunk_first // CHUNK) * blocks + tl.program_id(0)
+        store_values(saved + chunk * (4 * NS * 32), h)
+        for first in range(chunk_first, tl.minimum(chunk_first + CHUNK, last), T):
+            next_at = places(first + T, last, length, orders, k, height, width, T, GRID)
+            x_next, dt_next, z_next = fetch(x, x_l, next_at, T), fetch(dt, dt_l, next_at, T), ()
+            B_next = fetch_states(B, B_l, next_at, states - state, T, NS, PACKED)
+            C_next = fetch_states(C, C_l, next_at, states - state, T, NS, PACKED)
+            if HAS_Z:
+                z_next = fetch(z, z_l, next_at, T)
+            sizes, _ = _step_sizes(dt_raw, bias, first, last, T, SOFTPLUS)
+            ys = ()
+            for j in tl.static_range(T):
+                if HAS_SEQ:
+                    h = keep_unless((first + j < last) & is_reset(seq_idx, b * length, tl.minimum(first + j, last - 1)), h)
+                x_t = x_raw[j].to(tl.float32)
+                h = _advance(h, a2, sizes[j], sizes[j] * x_t, unpack(B_raw[j], B.dtype.element_ty, PACKED), S, NS)
+                y_t = _read_out(h, unpack(C_raw[j], C.dtype.element_ty, PACKED), S, NS) + skip * x_t
+                if HAS_Z:
+                    z_t = z_raw[j].to(tl.float32)
+                    y_t *= z_t * sigmoid(z_t)
+                ys = ys + (y_t,)
+            for j in tl.static_range(T):
+                tl.store(y + at[j] * dim, ys[j].to(y.dtype.element_ty), mask=(own < dim) & (first + j < last))
+            at, x_raw, dt_raw, z_raw, B_raw, C_raw = next_at, x_next, dt_next, z_next, B_next, C_next
     if HAS_FINAL:
-        tl.store(final + state, h, mask=in_dn)
+        if tl.program_id(1) == tl.maximum(end - 1, 0) // segment_length:
+            store_matrix(final + row * dim * states, h, group, state, dim, states, NS)
+
+
+@triton.jit
+def _segment_grad_kernel(
+    dy, dt, A, C, z, dt_bias, seq_idx, lengths, parts, spans,
+    length, dim, states, rows_k, orders, height, width, segment_length, segments,
+    dy_b, dy_l, dt_b, dt_k, dt_l, C_b, C_k, C_l, z_b, z_l,
+    T: tl.constexpr, S: tl.constexpr, NS: tl.constexpr, SOFTPLUS: tl.constexpr, GRID: tl.constexpr,
+    PACKED: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
+):  # fmt: skip
+    """What a segment adds to the gradient of the state before it, and its sum of dt."""
+    row = tl.program_id(2).to(tl.int64)
+    b, k = row // rows_k, row % rows_k
+    group, state, own = _lanes(states, dim, S, NS)
+    d = tl.minimum(own, dim - 1)
+    a2 = load_matrix(A + k * dim * states, group, state, dim, states, LOG2E, NS)
+    bias = tl.load(dt_bias + k * dim + d) if HAS_BIAS else tl.zeros([32], tl.float32)
+    end = tl.load(lengths + b) if HAS_SEQ else length
+    begin = tl.program_id(1) * segment_length
+    last = tl.minimum(begin + segment_length, end)
+    dy += b * dy_b + d
+    dt += b * dt_b + k * dt_k + d
+    C += b * C_b + k * C_k + state
+    g = zeros(4 * NS)
+    span = tl.zeros([32], tl.float32)
+    for back in range(0, tl.cdiv(last - begin, T)):
+        first = begin + (tl.cdiv(last - begin, T) - 1 - back) * T
+        at = places(first, last, length, orders, k, height, width, T, GRID)
+        dy_raw, dt_raw = fetch(dy, dy_l, at, T), fetch(dt, dt_l, at, T)
+        C_raw = fetch_states(C, C_l, at, states - state, T, NS, PACKED)
+        if HAS_Z:
+            z_raw = fetch(z + b * z_b + d, z_l, at, T)
+        sizes, _ = _step_sizes(dt_raw, bias, first, last, T, SOFTPLUS)
+        for j in tl.static_range(T - 1, -1, -1):
+            dy_t = tl.where((own < dim) & (first + j < last), dy_raw[j].to(tl.float32), 0.0)
+            if HAS_Z:
+                z_t = z_raw[j].to(tl.float32)
+                dy_t *= z_t * sigmoid(z_t)
+            g = _add_output_grad(g, dy_t, unpack(C_raw[j], C.dtype.element_ty, PACKED), S, NS)
+            g = decayed(g, a2, spread(sizes[j], S), NS)
+            span += sizes[j]
+            if HAS_SEQ:
+                reset = (first + j < last) & is_reset(seq_idx, b * length, tl.minimum(first + j, last - 1))
+                g = keep_unless(reset, g)
+                span = tl.where(reset, float("nan"), span)
+    part = (row * segments + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    store_values(parts + part * (4 * NS * 32), g)
+    tl.store(spans + part * 32 + tl.arange(0, 32), span)
+
+
+@triton.jit
+def _add_output_grad(g, dy_t, C_t, S: tl.constexpr, NS: tl.constexpr):
+    """g + dy C, the gradient that reaches the state through its own output."""
+    dys = spread(dy_t, S)
+    total = ()
+    for e in tl.static_range(4 * NS):
+        total = total + (g[e] + dys[e // NS] * C_t[e % NS],)
+    return total
 
 
 @triton.jit
 def _backward_kernel(
-    dy, dfinal, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, saved, scratch,
-    dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial,
-    length, dim, states, rows_k, orders, height, width,
+    dy, dfinal, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, saved, scratch, parts, spans,
+    dx, ddt, dA, dBC, dD, dz, dbias, dinitial,
+    length, dim, states, rows_k, orders, height, width, segment_length, segments, chunks,
     dy_b, dy_l, x_b, x_k, x_l, dt_b, dt_k, dt_l, B_b, B_k, B_l, C_b, C_k, C_l, z_b, z_l,
-    CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTPLUS: tl.constexpr, GRID: tl.constexpr,
-    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
-    HAS_DFINAL: tl.constexpr, HAS_DINITIAL: tl.constexpr,
+    CHUNK: tl.constexpr, T: tl.constexpr, S: tl.constexpr, NS: tl.constexpr, SOFTPLUS: tl.constexpr, GRID: tl.constexpr,
+    PACKED: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
+    HAS_DFINAL: tl.constexpr, HAS_DINITIAL: tl.constexpr, HAS_PARTS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
     b, k = row // rows_k, row % rows_k
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    n = tl.arange(0, BLOCK_N)
-    in_d, in_n = d < dim, n < states
-    in_dn = in_d[:, None] & in_n[None, :]
-    dn = d[:, None] * states + n[None, :]
-    a = tl.load(A + k * dim * states + dn, mask=in_dn, other=0.0)
-    bias = tl.load(dt_bias + k * dim + d, mask=in_d, other=0.0) if HAS_BIAS else tl.zeros([BLOCK_D], tl.float32)
-    skip = tl.load(D + k * dim + d, mask=in_d, other=0.0) if HAS_D else tl.zeros([BLOCK_D], tl.float32)
-    state = row * dim * states + dn
-    g = tl.load(dfinal + state, mask=in_dn, other=0.0) if HAS_DFINAL else tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
-    dA_acc = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
-    dD_acc = tl.zeros([BLOCK_D], tl.float32)
-    dbias_acc = tl.zeros([BLOCK_D], tl.float32)
-    end = tl.load(lengths + b) if HAS_SEQ else length
-    chunks = tl.cdiv(length, CHUNK)
     blocks = tl.num_programs(0)
-    own = scratch + row * CHUNK * dim * states + dn
-    for back in range(0, tl.cdiv(end, CHUNK)):
-        chunk = tl.cdiv(end, CHUNK) - 1 - back
-        first, last = chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, end)
-        h = tl.load(saved + (row * chunks + chunk) * dim * states + dn, mask=in_dn, other=0.0)
-        for step in range(first, last):
-            p = position(step, length, orders, k, height, width, GRID)
-            x_t = tl.load(x + b * x_b + k * x_k + p * x_l + d, mask=in_d, other=0.0).to(tl.float32)
-            v = tl.load(dt + b * dt_b + k * dt_k + p * dt_l + d, mask=in_d, other=0.0).to(tl.float32) + bias
-            dt_t = softplus(v) if SOFTPLUS else v
-            B_t = tl.load(B + b * B_b + k * B_k + p * B_l + n, mask=in_n, other=0.0).to(tl.float32)
-            if HAS_SEQ:
-                h = tl.where(is_reset(seq_idx, b * length, step), 0.0, h)
-            tl.store(own + (step - first) * dim * states, h, mask=in_dn)
-            h = tl.exp2(dt_t[:, None] * (a * LOG2E)) * h + (dt_t * x_t)[:, None] * B_t[None, :]
+    part = (row * segments + tl.program_id(1)) * blocks + tl.program_id(0)
+    group, state, own = _lanes(states, dim, S, NS)
+    d = tl.minimum(own, dim - 1)
+    a2 = load_matrix(A + k * dim * states, group, state, dim, states, LOG2E, NS)
+    bias = tl.load(dt_bias + k * dim + d) if HAS_BIAS else tl.zeros([32], tl.float32)
+    skip = tl.load(D + k * dim + d) if HAS_D else tl.zeros([32], tl.float32)
+    end = tl.load(lengths + b) if HAS_SEQ else length
+    begin = tl.program_id(1) * segment_length
+    last = tl.minimum(begin + segment_length, end)
+    g = zeros(4 * NS)
+    if HAS_DFINAL:
+        g = load_matrix(dfinal + row * dim * states, group, state, dim, states, 1.0, NS)
+    if HAS_PARTS:
+        later = (row * segments + segments - 1) * blocks + tl.program_id(0)
+        count = segments - 1 - tl.program_id(1)
+        g = fold(g, parts + later * (4 * NS * 32), spans + later * 32, a2, count, -blocks, S, NS)
+    x += b * x_b + k * x_k + d
+    dt += b * dt_b + k * dt_k + d
+    B += b * B_b + k * B_k + state
+    C += b * C_b + k * C_k + state
+    dy += b * dy_b + d
+    out = row * length * dim + own
+    scratch += part * (CHUNK // T) * (4 * NS * 32)
+    dA_sum = zeros(4 * NS)
+    dD_sum = tl.zeros([32], tl.float32)
+    dbias_sum = tl.zeros([32], tl.float32)
+    first_chunk, behind_chunk = begin // CHUNK, tl.cdiv(last, CHUNK)
+    for back_chunk in range(first_chunk, behind_chunk):
+        chunk = first_chunk + behind_chunk - 1 - back_chunk
+        chunk_last = tl.minimum(chunk * CHUNK + CHUNK, last)
+        h = load_values(saved + ((row * chunks + chunk) * blocks + tl.program_id(0)) * (4 * NS * 32), 4 * NS)
+        store_values(scratch, h)
+        for first in range(chunk * CHUNK, chunk_last - T, T):  # the states at the start of every T steps
+            at = places(first, chunk_last, length, orders, k, height, width, T, GRID)
+            x_raw, dt_raw = fetch(x, x_l, at, T), fetch(dt, dt_l, at, T)
+            B_raw = fetch_states(B, B_l, at, states - state, T, NS, PACKED)
+            sizes, _ = _step_sizes(dt_raw, bias, first, chunk_last, T, SOFTPLUS)
+            for j in tl.static_range(T):
+                if HAS_SEQ:
+                    h = keep_unless(is_reset(seq_idx, b * length, first + j), h)
+                B_t = unpack(B_raw[j], B.dtype.element_ty, PACKED)
+                h = _advance(h, a2, sizes[j], sizes[j] * x_raw[j].to(tl.float32), B_t, S, NS)
+            store_values(scratch + (first % CHUNK // T + 1) * (4 * NS * 32), h)
         tl.debug_barrier()
-        for back_step in range(0, last - first):
-            step = last - 1 - back_step
-            p = position(step, length, orders, k, height, width, GRID)
-            x_t = tl.load(x + b * x_b + k * x_k + p * x_l + d, mask=in_d, other=0.0).to(tl.float32)
-            v = tl.load(dt + b * dt_b + k * dt_k + p * dt_l + d, mask=in_d, other=0.0).to(tl.float32) + bias
-            dt_t = softplus(v) if SOFTPLUS else v
-            B_t = tl.load(B + b * B_b + k * B_k + p * B_l + n, mask=in_n, other=0.0).to(tl.float32)
-            C_t = tl.load(C + b * C_b + k * C_k + p * C_l + n, mask=in_n, other=0.0).to(tl.float32)
-            dy_t = tl.load(dy + b * dy_b + p * dy_l + d, mask=in_d, other=0.0).to(tl.float32)
-            h_before = tl.load(own + (step - first) * dim * states, mask=in_dn, other=0.0)
-            decay = tl.exp2(dt_t[:, None] * (a * LOG2E))
+        for back in range(0, tl.cdiv(chunk_last - chunk * CHUNK, T)):
+            first = chunk * CHUNK + (tl.cdiv(chunk_last - chunk * CHUNK, T) - 1 - back) * T
+            at = places(first, chunk_last, length, orders, k, height, width, T, GRID)
+            x_raw, dt_raw, dy_raw = fetch(x, x_l, at, T), fetch(dt, dt_l, at, T), fetch(dy, dy_l, at, T)
+            B_raw = fetch_states(B, B_l, at, states - state, T, NS, PACKED)
+            C_raw = fetch_states(C, C_l, at, states - state, T, NS, PACKED)
             if HAS_Z:
-                z_t = tl.load(z + b * z_b + p * z_l + d, mask=in_d, other=0.0).to(tl.float32)
-                gate = sigmoid(z_t)
-                h_t = decay * h_before + (dt_t * x_t)[:, None] * B_t[None, :]
-                y_t = tl.sum(h_t * C_t[None, :], axis=1) + skip * x_t
-                dz_t = dy_t * y_t * gate * (1.0 + z_t * (1.0 - gate))
-                tl.store(dz + (row * length + p) * dim + d, dz_t.to(dz.dtype.element_ty), mask=in_d)
-                dy_t *= z_t * gate
-            h_t = decay * h_before + (dt_t * x_t)[:, None] * B_t[None, :]
-            g += dy_t[:, None] * C_t[None, :]
-            part = ((row * blocks + tl.program_id(0)) * length + p) * states + n
-            tl.store(dC + part, tl.sum(h_t * dy_t[:, None], axis=0), mask=in_n)
-            tl.store(dB + part, tl.sum(g * (dt_t * x_t)[:, None], axis=0), mask=in_n)
-            gB = tl.sum(g * B_t[None, :], axis=1)
-            g *= decay
-            q = g * h_before
-            dA_acc += q * dt_t[:, None]
-            ddt_t = tl.sum(q * a, axis=1) + x_t * gB
-            if SOFTPLUS:
-                ddt_t *= sigmoid(v)
-            dbias_acc += ddt_t
-            dD_acc += dy_t * x_t
-            tl.store(dx + (row * length + p) * dim + d, (dt_t * gB + skip * dy_t).to(dx.dtype.element_ty), mask=in_d)
-            tl.store(ddt + (row * length + p) * dim + d, ddt_t.to(ddt.dtype.element_ty), mask=in_d)
-            if HAS_SEQ:
-                g = tl.where(is_reset(seq_idx, b * length, step), 0.0, g)
+                z_raw = fetch(z + b * z_b + d, z_l, at, T)
+            h = load_values(scratch + (first % CHUNK // T) * (4 * NS * 32), 4 * NS)
+            sizes, before = _step_sizes(dt_raw, bias, first, chunk_last, T, SOFTPLUS)
+            trail = ()  # the state before each step, and after the last one
+            for j in tl.static_range(T):
+                if HAS_SEQ:
+                    step = tl.minimum(first + j, chunk_last - 1)
+                    h = keep_unless((first + j < chunk_last) & is_reset(seq_idx, b * length, step), h)
+                trail = trail + (h,)
+                B_t = unpack(B_raw[j], B.dtype.element_ty, PACKED)
+                h = _advance(h, a2, sizes[j], sizes[j] * x_raw[j].to(tl.float32), B_t, S, NS)
+            for j in tl.static_range(T - 1, -1, -1):
+                valid = first + j < chunk_last
+                inside = (own < dim) & valid
+                x_t, dt_t = x_raw[j].to(tl.float32), sizes[j]
+                dy_t = tl.where(inside, dy_raw[j].to(tl.float32), 0.0)
+                B_t, C_t = unpack(B_raw[j], B.dtype.element_ty, PACKED), unpack(C_raw[j], C.dtype.element_ty, PACKED)
+                if HAS_SEQ:  # what the next sequence dropped is not what this step left
+                    h = _advance(trail[j], a2, dt_t, dt_t * x_t, B_t, S, NS)
+                if HAS_Z:
+                    z_t = z_raw[j].to(tl.float32)
+                    gate = sigmoid(z_t)
+                    dz_t = dy_t * (_read_out(h, C_t, S, NS) + skip * x_t) * gate * (1.0 + z_t * (1.0 - gate))
+                    tl.store(dz + b * length * dim + at[j] * dim + own, dz_t.to(dz.dtype.element_ty), mask=inside)
+                    dy_t *= z_t * gate
+                g = _add_output_grad(g, dy_t, C_t, S, NS)
+                share = over_groups(_matrix_grads(g, h, dt_t * x_t, dy_t, S, NS), S)
+                _store_matrix_grads(dBC + (part_row(row, blocks) * length + at[j]) * (2 * states), share, states, valid, S, NS)
+                g, dA_sum, gB, qA = _step_back(g, trail[j], dA_sum, a2, dt_t, B_t, S, NS)
+                ddt_t = qA + x_t * gB
+                if SOFTPLUS:
+                    ddt_t *= sigmoid(before[j])
+                dbias_sum += tl.where(valid, ddt_t, 0.0)
+                dD_sum += dy_t * x_t
+                tl.store(dx + out + at[j] * dim, (dt_t * gB + skip * dy_t).to(dx.dtype.element_ty), mask=inside)
+                tl.store(ddt + out + at[j] * dim, ddt_t.to(ddt.dtype.element_ty), mask=inside)
+                if HAS_SEQ:
+                    g = keep_unless(valid & is_reset(seq_idx, b * length, tl.minimum(first + j, chunk_last - 1)), g)
+                h = trail[j]
         tl.debug_barrier()
-    tl.store(dA + state, dA_acc, mask=in_dn)
+    per_segment = row * segments + tl.program_id(1)
+    store_matrix(dA + per_segment * dim * states, dA_sum, group, state, dim, states, NS)
     if HAS_D:
-        tl.store(dD + row * dim + d, dD_acc, mask=in_d)
+        tl.store(dD + per_segment * dim + own, dD_sum, mask=own < dim)
     if HAS_BIAS:
-        tl.store(dbias + row * dim + d, dbias_acc, mask=in_d)
+        tl.store(dbias + per_segment * dim + own, dbias_sum, mask=own < dim)
     if HAS_DINITIAL:
-        tl.store(dinitial + state, g, mask=in_dn)
+        if tl.program_id(1) == 0:
+            store_matrix(dinitial + row * dim * states, g, group, state, dim, states, NS)
+
+
+@triton.jit
+def part_row(row, blocks):
+    """Row of this block of channels in the partial sums over channels."""
+    return row * blocks + tl.program_id(0)
+
+
+@triton.jit
+def _matrix_grads(g, h, dtx_t, dy_t, S: tl.constexpr, NS: tl.constexpr):
+    """The group's share of dB (NS values), then of dC."""
+    dtxs, dys = spread(dtx_t, S), spread(dy_t, S)
+    dB = ()
+    dC = ()
+    for j in tl.static_range(NS):
+        b, c = g[j] * dtxs[0], h[j] * dys[0]
+        for i in tl.static_range(1, 4):
+            b += g[i * NS + j] * dtxs[i]
+            c += h[i * NS + j] * dys[i]
+        dB = dB + (b,)
+        dC = dC + (c,)
+    return dB + dC
+
+
+@triton.jit
+def _store_matrix_grads(pointer, share, states, valid, S: tl.constexpr, NS: tl.constexpr):
+    """Write a lane's share of dB and dC of one step into its row of 2 N values."""
+    lane = tl.arange(0, 32)
+    for r in tl.static_range(len(share)):
+        index = (lane // S) * (2 * NS) // (32 // S) + r
+        n = lane % S * NS + index % NS
+        tl.store(pointer + tl.where(index < NS, n, states + n), share[r], mask=(n < states) & valid)
+
+
+@triton.jit
+def _step_back(g, h_before, dA_sum, a2, dt_t, B_t, S: tl.constexpr, NS: tl.constexpr):
+    """Carry g over one step. Gives (g, dA's sum, own channel's g . B, own channel's g exp(dt A) h_before . A)."""
+    dts = spread(dt_t, S)
+    carried = ()
+    sums = ()
+    gBs = ()
+    qAs = ()
+    for i in tl.static_range(4):
+        gB = g[i * NS] * B_t[0]
+        for j in tl.static_range(1, NS):
+            gB += g[i * NS + j] * B_t[j]
+        gBs = gBs + (gB,)
+        qA = tl.zeros([32], tl.float32)
+        for e in tl.static_range(i * NS, i * NS + NS):
+            g_before = tl.exp2(dts[i] * a2[e]) * g[e]
+            carried = carried + (g_before,)
+            q = g_before * h_before[e]
+            qA += q * a2[e]
+            sums = sums + (dA_sum[e] + q * dts[i],)
+        qAs = qAs + (qA,)
+    return carried, sums, own_total(gBs, S), own_total(qAs, S) * (1.0 / LOG2E)
 
 
 def row_major(t: Tensor) -> Tensor:
@@ -223,14 +445,65 @@ def valid_lengths(seq_idx: Tensor | None) -> Tensor | None:
     return None if seq_idx is None else (seq_idx >= 0).sum(-1, dtype=torch.int32)
 
 
+def lanes_of(N: int) -> tuple[int, int]:
+    """(S, NS): lanes that share a group of 4 channels, and the states of each."""
+    NS = 2 if N <= 8 else 4
+    return max(4, triton.next_power_of_2(N) // NS), NS
+
+
+def lanes_of(N: int) -> tuple[int, int]:
+    """(S, NS): lanes that share a group of 4 channels, and the states of each."""
+    NS = 2 if N <= 8 else 4
+    return max(4, triton.next_power_of_2(N) // NS), NS
+
+
+def lanes_of(N: int) -> tuple[int, int]:
+    """(S, NS): lanes that share a group of 4 channels, and the states of each."""
+    NS = 2 if N <= 8 else 4
+    return max(4, triton.next_power_of_2(N) // NS), NS
+
+
+def lanes_of(N: int) -> tuple[int, int]:
+    """(S, NS): lanes that share a group of 4 channels, and the states of each."""
+    NS = 2 if N <= 8 else 4
+    return max(4, triton.next_power_of_2(N) // NS), NS
+
+
 def saved_shape(batch: int, length: int, channels: int, states: int) -> tuple[int, ...]:
-    """Shape of the third output of `forward`."""
-    return (batch, 1, triton.cdiv(length, CHUNK), channels, states)
+    """Shape of the third output of `forward`: the states every CHUNK steps, in the kernels' own layout."""
+    S, NS = lanes_of(states)
+    return (batch, 1, triton.cdiv(length, CHUNK), triton.cdiv(channels, 128 // S), 4 * NS, 32)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; in the interpreter 2, so that small cases are cut into segments too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def segment_length(programs: int, length: int, device: torch.device) -> int:
+    """Steps of a segment, a multiple of CHUNK: the row whole if `programs` warps fill the GPU, else cut so that they do."""
+    segments = max(1, ROUNDS * 4 * multiprocessors(device) // max(programs, 1))
+    return triton.cdiv(triton.cdiv(length, segments), CHUNK) * CHUNK
 
 
 def _strides(t: Tensor | None) -> tuple[int, int, int]:
     """(batch, order, step) strides of (B, K, L, *)."""
     return (0, 0, 0) if t is None else (t.stride(0), t.stride(1), t.stride(2))
+
+
+def _outer(t: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if t is None else (t.stride(0), t.stride(1))
+
+
+def _is_packed(N: int, NS: int, S: int, *matrices: Tensor) -> bool:
+    """Whether every lane's NS values of B and C stand on boundaries of their own size (at most 8 bytes)."""
+    words = (min(8, NS * t.element_size()) for t in matrices)
+    aligned = (
+        t.data_ptr() % word == 0 and all(stride * t.element_size() % word == 0 for stride in t.stride()[:-1])
+        for t, word in zip(matrices, words)
+    )
+    return S * NS == N and all(aligned)
 
 
 def _output(like: Tensor, shape: tuple[int, ...], padded: bool) -> Tensor:
@@ -248,23 +521,39 @@ def scan_rows(
     states (B, K, D, N). Gives y (B, K, L, D), the final state (empty unless asked for) and the states the backward needs."""
     batch, K, length, dim = x.shape
     N = B.shape[-1]
-    x, dt, B, C = map(row_major, (x, dt, B, C))
+    S, NS = lanes_of(N)
+    x, dt, B, C, A = row_major(x), row_major(dt), row_major(B), row_major(C), A.contiguous()
     z = z if z is None else row_major(z)
+    blocks, rows = triton.cdiv(dim, 128 // S), batch * K
     y = _output(x, (batch, K, length, dim), seq_idx is not None)
-    chunks = triton.cdiv(length, CHUNK)
-    saved = torch.empty((batch, K, chunks, dim, N), dtype=torch.float32, device=x.device)
+    saved = torch.empty((batch, K, *saved_shape(1, length, dim, N)[2:]), dtype=torch.float32, device=x.device)
     final = torch.empty((batch, K, dim, N) if return_final else (0,), dtype=torch.float32, device=x.device)
-    BLOCK_D = 32
-    if batch and dim:
-        _forward_kernel[(triton.cdiv(dim, BLOCK_D), batch * K)](
-            x, dt, A.contiguous(), B, C, D, z, dt_bias, initial, seq_idx, valid_lengths(seq_idx), y, final, saved,
-            length, dim, N, K, orders, *grid,
-            *_strides(x), *_strides(dt), *_strides(B), *_strides(C), *(z.stride()[:2] if z is not None else (0, 0)),
-            CHUNK=CHUNK, BLOCK_D=BLOCK_D, BLOCK_N=triton.next_power_of_2(N), SOFTPLUS=softplus, GRID=grid != (0, 0),
-            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=dt_bias is not None, HAS_INITIAL=initial is not None,
-            HAS_SEQ=seq_idx is not None, HAS_FINAL=return_final, num_warps=1,
-        )  # fmt: skip
+    if x.numel() == 0:
+        return y, final if initial is None or not return_final else final.copy_(initial), saved
+    steps = segment_length(blocks * rows, length, x.device)
+    segments = triton.cdiv(length, steps)
+    parts = spans = None
+    lengths = valid_lengths(seq_idx)
+    shape = (length, dim, N, K, orders, *grid, steps, segments)
+    flags = dict(T=T, S=S, NS=NS, SOFTPLUS=softplus, GRID=grid != (0, 0), HAS_BIAS=dt_bias is not None,
+                 HAS_SEQ=seq_idx is not None, PACKED=_is_packed(N, NS, S, B, C), num_warps=1)  # fmt: skip
+    if segments > 1:
+        parts, spans = _segment_buffers(rows, segments, blocks, NS, x.device)
+        _segment_kernel[(blocks, segments - 1, rows)](
+            x, dt, A, B, dt_bias, seq_idx, lengths, parts, spans, *shape, *_strides(x), *_strides(dt), *_strides(B), **flags
+        )
+    _forward_kernel[(blocks, segments, rows)](
+        x, dt, A, B, C, D, z, dt_bias, initial, seq_idx, lengths, parts, spans, y, final, saved, *shape, saved.shape[2],
+        *_strides(x), *_strides(dt), *_strides(B), *_strides(C), *_outer(z),
+        CHUNK=CHUNK, HAS_D=D is not None, HAS_Z=z is not None, HAS_INITIAL=initial is not None, HAS_FINAL=return_final,
+        HAS_PARTS=segments > 1, **flags,
+    )  # fmt: skip
     return y, final, saved
+
+
+def _segment_buffers(rows: int, segments: int, blocks: int, NS: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    parts = torch.empty((rows, segments, blocks, 4 * NS, 32), dtype=torch.float32, device=device)
+    return parts, torch.empty((rows, segments, blocks, 32), dtype=torch.float32, device=device)
 
 
 def scan_rows_backward(
@@ -275,33 +564,52 @@ def scan_rows_backward(
     """Gradients of `scan_rows`. dy (B, L, D) is shared by the K orders; the gradients of x, dt, B, C come per order."""
     batch, K, length, dim = x.shape
     N = B.shape[-1]
-    dy, x, dt, B, C = map(row_major, (dy, x, dt, B, C))
+    S, NS = lanes_of(N)
+    dy, x, dt, B, C, A = row_major(dy), row_major(x), row_major(dt), row_major(B), row_major(C), A.contiguous()
     z = z if z is None else row_major(z)
     padded = seq_idx is not None
-    BLOCK_D = 32
-    blocks = triton.cdiv(dim, BLOCK_D)
+    blocks, rows = triton.cdiv(dim, 128 // S), batch * K
+    steps = segment_length(blocks * rows, length, x.device) if length else CHUNK
+    segments = triton.cdiv(length, steps)
     f32 = x.new_empty(0, dtype=torch.float32)
     dx, ddt = _output(x, (batch, K, length, dim), padded), _output(dt, (batch, K, length, dim), padded)
     dz = None if z is None else _output(z, (batch, length, dim), padded)
-    dB, dC = (_output(f32, (batch, K, blocks, length, N), padded) for _ in range(2))
-    dA = f32.new_empty((batch, K, dim, N))
-    dD, dbias = (None if t is None else f32.new_empty((batch, K, dim)) for t in (D, dt_bias))
-    dinitial = f32.new_empty((batch, K, dim, N)) if needs_initial else None
-    scratch = f32.new_empty((batch, K, CHUNK, dim, N))
-    if batch and dim:
-        _backward_kernel[(blocks, batch * K)](
-            dy, dfinal, x, dt, A.contiguous(), B, C, D, z, dt_bias, seq_idx, valid_lengths(seq_idx), saved, scratch,
-            dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial, length, dim, N, K, orders, *grid,
-            *dy.stride()[:2], *_strides(x), *_strides(dt), *_strides(B), *_strides(C),
-            *(z.stride()[:2] if z is not None else (0, 0)),
-            CHUNK=CHUNK, BLOCK_D=BLOCK_D, BLOCK_N=triton.next_power_of_2(N), SOFTPLUS=softplus, GRID=grid != (0, 0),
-            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=dt_bias is not None, HAS_SEQ=padded,
-            HAS_DFINAL=dfinal is not None, HAS_DINITIAL=needs_initial, num_warps=1,
+    dBC = _output(f32, (batch, K, blocks, length, 2 * N), padded)
+    dA = f32.new_empty((batch, K, segments, dim, N))
+    dD, dbias = (None if t is None else f32.new_empty((batch, K, segments, dim)) for t in (D, dt_bias))
+    dinitial = None
+    if needs_initial:
+        dinitial = f32.new_empty((batch, K, dim, N)) if x.numel() else _no_steps(dfinal, f32, (batch, K, dim, N))
+    if x.numel():
+        parts = spans = None
+        scratch = f32.new_empty((rows, segments, blocks, CHUNK // T_BACK, 4 * NS, 32))
+        lengths = valid_lengths(seq_idx)
+        shape = (length, dim, N, K, orders, *grid, steps, segments)
+        flags = dict(T=T_BACK, S=S, NS=NS, SOFTPLUS=softplus, GRID=grid != (0, 0), HAS_Z=z is not None, HAS_BIAS=dt_bias is not None,
+                     HAS_SEQ=padded, PACKED=_is_packed(N, NS, S, B, C), num_warps=1)  # fmt: skip
+        if segments > 1:
+            parts, spans = _segment_buffers(rows, segments, blocks, NS, x.device)
+            _segment_grad_kernel[(blocks, segments, rows)](
+                dy, dt, A, C, z, dt_bias, seq_idx, lengths, parts, spans, *shape, *_outer(dy), *_strides(dt), *_strides(C),
+                *_outer(z), **flags,
+            )  # fmt: skip
+        _backward_kernel[(blocks, segments, rows)](
+            dy, dfinal, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, saved, scratch, parts, spans,
+            dx, ddt, dA, dBC, dD, dz, dbias, dinitial, *shape, saved.shape[2],
+            *_outer(dy), *_strides(x), *_strides(dt), *_strides(B), *_strides(C), *_outer(z),
+            CHUNK=CHUNK, HAS_D=D is not None, HAS_DFINAL=dfinal is not None, HAS_DINITIAL=needs_initial,
+            HAS_PARTS=segments > 1, **flags,
         )  # fmt: skip
+    dB, dC = dBC.sum(2).split(N, -1)
     return (
-        dx, ddt, dA.sum(0), dB.sum(2).to(B.dtype), dC.sum(2).to(C.dtype),
-        None if dD is None else dD.sum(0), dz, None if dbias is None else dbias.sum(0), dinitial,
+        dx, ddt, dA.sum((0, 2)), dB.to(B.dtype), dC.to(C.dtype), None if dD is None else dD.sum((0, 2)), dz,
+        None if dbias is None else dbias.sum((0, 2)), dinitial,
     )  # fmt: skip
+
+
+def _no_steps(dfinal: Tensor | None, f32: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Gradient of the initial state of an empty sequence: that of the final state."""
+    return f32.new_zeros(shape) if dfinal is None else dfinal.clone()
 
 
 def forward(

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmamba.ops.selective_scan.triton import LOG2E, check, row_major, sigmoid, softplus
+from vlmamba.ops.lanes import LOG2E, sigmoid, softplus
+from vlmamba.ops.selective_scan.triton import check, row_major
 
 
 @triton.jit
