@@ -7,6 +7,7 @@ Importing the package costs nothing: names load on first use. After `import vlma
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 from vlmamba.models.registration import install as _register_with_transformers
@@ -20,7 +21,12 @@ _HOME = {
     "VLMambaForCausalLM": "vlmamba.models",
     "MambaState": "vlmamba.models",
 }
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", "nano", *_HOME]
+
+
+def nano() -> str:
+    """The folder of the model that ships with the package, for `from_pretrained`."""
+    return str(Path(__file__).parent / "assets" / "nano")
 
 
 def __getattr__(name: str) -> Any:

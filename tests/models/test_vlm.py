@@ -255,6 +255,7 @@ assert PROCESSOR_MAPPING[type(config)].__name__ == "VLMambaProcessor"
 def test_public_names():
     assert vlmamba.__all__ == [
         "__version__",
+        "nano",
         "VLMambaConfig",
         "VLMambaForConditionalGeneration",
         "VLMambaProcessor",
