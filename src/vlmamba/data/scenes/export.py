@@ -47,7 +47,7 @@ def write(
     folder of its name. Returns the directory.
 
     `split` (default: "train" for LLaVA files, "test" for benchmarks) is a split of the World. Raises ValueError for an
-    unknown kind or a count below 1, FileExistsError where the directory is there already.
+    unknown kind, a count below 1, or a directory that is there already.
     """
     target = Path(directory)
     if kind != "all" and kind not in KINDS:
@@ -55,7 +55,7 @@ def write(
     if count < 1:
         raise ValueError(f"count is {count}; expected 1 or more pictures")
     if target.exists():
-        raise FileExistsError(f"{target} is there already; remove it or name another directory")
+        raise ValueError(f"{target} is there already; remove it or name another directory")
     kinds = list(KINDS) if kind == "all" else [kind]
     with Progress(disable=not progress) as bar, _complete(target) as unfinished:
         for name in kinds:

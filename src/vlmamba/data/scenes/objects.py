@@ -35,8 +35,8 @@ def new_shape(deck: Deck, colour: str, shape: str, sizes: tuple[str, ...] = SIZE
 def new_text(deck: Deck, kind: str, name: str, colour: str, px: int, face: int | None = None) -> Item:
     """A line of text in one of three ways of writing it."""
     written = (name, name, name.upper(), name.capitalize())
-    # A capital I and a small l look alike: a string that is no word has one case throughout.
-    text = deck.rng.choice(written if name in WRITTEN_SET else written[:3])
+    # A capital I and a small l look alike: a string that is no word has one case throughout, and alone they have theirs.
+    text = {"i": "i", "l": "L"}.get(name) or deck.rng.choice(written if name in WRITTEN_SET else written[:3])
     face = deck.rng.randrange(FACES) if face is None else face
     width, height = text_size(text, face, px)
     size = "small" if px < 17 else "medium" if px < 27 else "large"
@@ -195,7 +195,8 @@ def _odd_shapes(deck: Deck, odd_in: str, count: int) -> list[Item]:
         return [new_shape(deck, c, s, (small if i else big,), "solid") for i, (c, s) in enumerate(pairs)]
     if odd_in == "pattern":
         one, two = rng.sample(FILLS, 2)
-        return [new_shape(deck, c, s, SIZES[1:], one if i else two) for i, (c, s) in enumerate(pairs)]
+        same = (rng.choice(SIZES[1:]),)
+        return [new_shape(deck, c, s, same, one if i else two) for i, (c, s) in enumerate(pairs)]
     fill, size = rng.choice(FILLS), rng.choice(SIZES[1:])
     return [new_shape(deck, c, s, (size,), fill) for c, s in pairs]
 

@@ -121,6 +121,17 @@ _FORMS: dict[str, tuple[tuple[Form, float], ...]] = {
 }
 
 
+def _sameness(question: Question) -> str:
+    """What two questions of a form share when only one of them may be asked of a picture.
+
+    Yes or no is asked once a form: what is there offers fewer questions than what is not, so that leaving out repeated
+    ones would leave more of "no".
+    """
+    if question.kind == "yesno":
+        return ""
+    return question.answer if question.kind == "short" and question.choices is None else question.text
+
+
 @dataclass(frozen=True, slots=True)
 class SceneSample:
     """A picture (RGB, size x size), a caption of one sentence, a dense description, and questions with answers."""
@@ -211,7 +222,5 @@ class World:
             if question is None:
                 del forms[place], weights[place]
             elif question.held_out or not scene.held_out:
-                # Not the same question in other words; what has few answers may be asked about several things.
-                key = question.answer if question.choices is None and question.kind == "short" else question.text
-                asked.setdefault((question.form, key), question)
+                asked.setdefault((question.form, _sameness(question)), question)
         return list(asked.values())
