@@ -115,5 +115,5 @@ def open_reply(scene: Scene, item: Item, phrase: str) -> str:
         if other.written:
             continue
         way = {"left": "right of", "right": "left of", "above": "below", "below": "above"}[direction]
-        return f"{text}, {way} {item_phrase(other).replace('a ', 'the ', 1).replace('an ', 'the ', 1)}"
+        return f"{text}, {way} the {noun_phrase(other, size=False)}"
     return text

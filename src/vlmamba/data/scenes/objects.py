@@ -35,7 +35,7 @@ def new_shape(deck: Deck, colour: str, shape: str, sizes: tuple[str, ...] = SIZE
 def new_text(deck: Deck, kind: str, name: str, colour: str, px: int, face: int | None = None) -> Item:
     """A line of text in one of three ways of writing it."""
     written = (name, name, name.upper(), name.capitalize())
-    # A capital I and a small l look alike: a string that is no word has one case throughout, and alone they have theirs.
+    # A capital I and a small l look alike: what is no word has one case throughout, and a lone one its own.
     text = {"i": "i", "l": "L"}.get(name) or deck.rng.choice(written if name in WRITTEN_SET else written[:3])
     face = deck.rng.randrange(FACES) if face is None else face
     width, height = text_size(text, face, px)
