@@ -79,8 +79,8 @@ class Bench:
 
     @contextmanager
     def row_of(self, case: str, who: str, mode: str) -> Iterator[None]:
-        """Turns a failure inside into a row that says so, and frees memory afterwards. Ours may not fail quietly: its
-        failure is a row too, and __main__ exits with an error at the end."""
+        """Turns a failure inside into a row that says so, and frees memory afterwards. After a failure of ours the
+        whole program exits with an error."""
         try:
             yield
         except torch.cuda.OutOfMemoryError:

@@ -139,7 +139,7 @@ def our_vlm(size: str, device: torch.device, dtype: torch.dtype) -> VLMambaForCo
     config = VLMambaConfig(
         vision_config=vision_config(size), text_config=mamba_config(size), image_token_id=IMAGE_TOKEN
     )
-    return placed(lambda: VLMambaForConditionalGeneration(config), device, dtype)  # type: ignore[return-value]
+    return placed(lambda: VLMambaForConditionalGeneration(config), device, dtype)
 
 
 def transformer_vlm(size: str, device: torch.device, dtype: torch.dtype) -> LlavaForConditionalGeneration:
@@ -154,7 +154,7 @@ def transformer_vlm(size: str, device: torch.device, dtype: torch.dtype) -> Llav
         tie_word_embeddings=True,
         attn_implementation="sdpa",
     )
-    return placed(lambda: LlavaForConditionalGeneration(config), device, dtype)  # type: ignore[return-value]
+    return placed(lambda: LlavaForConditionalGeneration(config), device, dtype)
 
 
 def question(size: str, words: int, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -81,7 +81,6 @@ class Report:
         for section in dict.fromkeys(row.section for row in self.rows):
             rows = [row for row in self.rows if row.section == section]
             lines += ["", f"## {section.capitalize()}", "", *_table(rows)]
-            lines += [f"\n{note}" for note in dict.fromkeys(_missing(row) for row in rows) if note]
         return "\n".join(lines) + "\n"
 
 
@@ -93,7 +92,8 @@ def _table(rows: list[Row]) -> list[str]:
             here = (row.case, row.unit)
             better = max if _more_is_better(row.unit) else min
             best[here] = better(row.value, best.get(here, row.value))
-    for row in rows:
+    cases = list(dict.fromkeys(row.case for row in rows))
+    for row in sorted(rows, key=lambda row: cases.index(row.case)):
         if row.value is None:
             lines.append(f"| {row.case} | {row.who} | {row.mode} | no number: {row.note} | | | |")
             continue
@@ -119,10 +119,6 @@ def _against(row: Row, ours: float | None) -> str:
 
 def _more_is_better(unit: str) -> bool:
     return unit.endswith("/s") or unit.endswith("FLOP/s")
-
-
-def _missing(row: Row) -> str:
-    return f"{row.who} is missing: {row.note}." if row.value is None and row.mode == "missing" else ""
 
 
 def number(value: float | None) -> str:

@@ -1,0 +1,76 @@
+"""Reading a prompt: from tokens to the logits of the next one and the state, one sequence of 512 to 128K tokens and
+batches, ours and the peers' alike eager and as one CUDA graph.
+
+Shapes: B batch, L length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks import models
+from benchmarks.bench import Bench
+from benchmarks.timing import Timing, captured, measure
+
+# (batch, length), the most telling first: a run that is cut short has these.
+CASES = ((1, 1024), (8, 1024), (1, 131072), (1, 4096), (1, 512), (1, 32768), (1, 65536))
+GRAPHED_UP_TO = 8192  # tokens; longer prompts keep the device busy by themselves
+PLAIN_UP_TO = 512  # transformers without kernels loops over the positions in Python
+
+
+def run(bench: Bench) -> None:
+    """One model in memory at a time; each gets its share of the budget."""
+    size = "toy" if bench.toy else "2.8b"
+    dtype = torch.float32 if bench.toy else torch.bfloat16
+    contenders = models.language_models(size, bench.device, dtype)
+    for i, contender in enumerate(contenders):
+        if contender.refusal is not None:
+            bench.missing(case_of(size, *cases(bench.toy)[0]), contender.who, contender.refusal)
+            continue
+        share = bench.left() / (len(contenders) - i) * (1.6 if i == 0 else 1.0)
+        with bench.row_of(f"prefill {size}", contender.who, "all"), torch.no_grad():
+            _one(bench, size, contender, bench.left() - share)
+
+
+def _one(bench: Bench, size: str, contender: models.LanguageModel, until: float) -> None:
+    """Builds one model and times it while more than `until` seconds of the section are left."""
+    model = contender.build()
+    head = model.get_parameter("lm_head.weight").numel()  # used for the last position alone; tied, so counted once
+    body = models.count_parameters(model) - head
+    for batch, length in cases(bench.toy):
+        if bench.left() < max(until, 2):
+            bench.missing(case_of(size, batch, length), contender.who, "no time left in this run")
+            continue
+        if contender.who == models.PLAIN and batch * length > PLAIN_UP_TO:
+            continue
+        ids = models.tokens(size, batch, length, bench.device)
+        modes = ["eager", "graph"] if bench.device.type == "cuda" and batch * length <= GRAPHED_UP_TO else ["eager"]
+        for mode in modes:
+            with bench.row_of(case_of(size, batch, length), contender.who, mode):
+                timing = _time(bench, lambda ids=ids: contender.prefill(model, ids), mode == "graph")
+                bench.add(
+                    case_of(size, batch, length),
+                    contender.who,
+                    mode,
+                    timing,
+                    floor_flops=2.0 * batch * (body * length + head),
+                    batch=batch,
+                    length=length,
+                )
+
+
+def cases(toy: bool) -> list[tuple[int, int]]:
+    return [(batch, length // 512 if toy else length) for batch, length in CASES]
+
+
+def _time(bench: Bench, function: Callable[[], Any], graph: bool) -> Timing:
+    if graph:
+        return measure(captured(function, warmup=2), device=bench.device, budget=bench.seconds(1.0), least=3, warmup=1)
+    return measure(function, device=bench.device, budget=bench.seconds(1.0), least=1, warmup=1, most=50)
+
+
+def case_of(size: str, batch: int, length: int) -> str:
+    return f"prefill {size}, B{batch} L{length}"

@@ -1,0 +1,96 @@
+"""A training step of 16K tokens: forward, backward, clipping and AdamW, fp32 master weights under bf16 autocast.
+
+The figure is 6 x parameters x real tokens over the time: what recomputation costs is not credited. Held against the
+product rate of the same run.
+
+Shapes: B rows, L length, M micro-batches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from benchmarks import models
+from benchmarks.bench import Bench
+from benchmarks.timing import Timing
+from vlmamba.data.collate import Batch
+from vlmamba.models.mamba import VLMambaForCausalLM
+from vlmamba.training.optimizer import is_decayed
+from vlmamba.training.step import Step
+
+ROWS, LENGTH = 8, 2048
+# How a step may be run, the fastest first; what does not fit in memory becomes a row that says so.
+WAYS = ((1, False), (2, False), (4, False), (1, True))
+
+
+def run(bench: Bench) -> None:
+    size = "toy" if bench.toy else "2.8b"
+    builders: dict[str, Callable[[], nn.Module]] = {
+        models.OURS: lambda: VLMambaForCausalLM(models.mamba_config(size)),
+        models.TRANSFORMER: lambda: LlamaForCausalLM(models.llama_config(size)),
+    }
+    for i, (who, build) in enumerate(builders.items()):
+        until = bench.left() * (0.45 if i == 0 else 0.0)
+        with bench.row_of(f"training step {size}", who, "all"):
+            _one(bench, size, who, build, until)
+
+
+def _one(bench: Bench, size: str, who: str, build: Callable[[], nn.Module], until: float) -> None:
+    model = models.placed(build, bench.device, torch.float32).train()
+    rows, length = (2, 16) if bench.toy else (ROWS, LENGTH)
+    parameters, tokens = models.count_parameters(model), rows * length
+    case = f"training step {size}, {tokens} tokens ({rows} packed rows of {length})"
+    step = Step(model, _optimizer(model, bench.device), bench.device, lambda pixels: pixels, 1.0, bf16=True)
+    for micro, checkpointing in WAYS if not bench.toy else WAYS[:1]:
+        mode = f"{micro} micro-batch{'es' * (micro > 1)}" + (", checkpointing" if checkpointing else "")
+        if bench.left() < until + 5:
+            break
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with bench.row_of(case, who, mode):
+            batches = _batches(size, rows, length, micro, packed=who == models.OURS)
+            timing, peak = _steps(bench, step, batches)
+            flops = 6.0 * parameters * tokens
+            bench.add(case, who, mode, timing, unit="tokens/s", work=tokens, floor_flops=flops, note=peak)
+        step.optimizer.zero_grad(set_to_none=True)  # what a step that ran out of memory left behind
+        bench.free()
+
+
+def _steps(bench: Bench, step: Step, batches: list[Batch]) -> tuple[Timing, str]:
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    samples: list[float] = []
+    for i in range(2 if bench.toy else 6):
+        before = time.perf_counter()
+        step(batches).read()
+        bench.wait()
+        if i:  # the first one warms up: autotuning, memory, the optimiser's moments
+            samples.append((time.perf_counter() - before) * 1e3)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if bench.device.type == "cuda" else 0.0
+    return Timing.of(samples), f"peak {peak:.0f} GiB"
+
+
+def _batches(size: str, rows: int, length: int, micro: int, packed: bool) -> list[Batch]:
+    """Rows filled to the last token with sequences of 200 to 700 tokens (a Transformer of transformers cannot keep
+    them apart without another attention kernel, so its rows are one sequence each: less work for its mask)."""
+    ids = models.tokens(size, rows, length, torch.device("cpu"))
+    seq_idx = torch.zeros(rows, length, dtype=torch.int32)
+    for row in range(rows):
+        cuts = torch.cumsum(torch.randint(200, 700, (length // 200 + 1,)), 0)
+        seq_idx[row] = torch.bucketize(torch.arange(length), cuts, right=True)
+    return [
+        Batch(part, part, index if packed else None, None, part.numel(), part.numel(), ())
+        for part, index in zip(ids.chunk(micro), seq_idx.chunk(micro))
+    ]
+
+
+def _optimizer(model: nn.Module, device: torch.device) -> torch.optim.AdamW:
+    decayed = [p for name, p in model.named_parameters() if is_decayed(name, p)]
+    kept = [p for name, p in model.named_parameters() if not is_decayed(name, p)]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=2e-5, fused=device.type == "cuda" or None)

@@ -1,0 +1,107 @@
+"""The whole vision-language model: an image and 32 words to the first token, and a whole answer of 128 tokens.
+
+Ours beside a Transformer LLaVA of the same size: the same SigLIP-SO400M tower, a language model of as many parameters.
+"graph": tower, connector and prompt captured as one CUDA graph for both. "generate": the public interface.
+
+Shapes: B batch, P visual tokens, L length, d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import models
+from benchmarks.bench import Bench
+from benchmarks.timing import captured, measure
+
+WORDS, ANSWER = 32, 128
+COMPILING = 90  # seconds that torch.compile takes of a whole language model, about
+
+
+def run(bench: Bench) -> None:
+    size = "toy" if bench.toy else "2.8b"
+    dtype = torch.float32 if bench.toy else torch.bfloat16
+    builders: dict[str, Callable[..., nn.Module]] = {
+        models.OURS: models.our_vlm,
+        f"{models.TRANSFORMER} LLaVA": models.transformer_vlm,
+    }
+    for i, (who, build) in enumerate(builders.items()):
+        until = bench.left() * (0.6 if i == 0 else 0.0)
+        with bench.row_of(f"whole VLM {size}", who, "all"), torch.no_grad():
+            _one(bench, size, who, build, dtype, until)
+
+
+def _one(bench: Bench, size: str, who: str, build: Callable[..., nn.Module], dtype: torch.dtype, until: float) -> None:
+    model = build(size, bench.device, dtype)
+    _first_token(bench, size, who, model, dtype)
+    _answer(bench, size, who, model, dtype, until)
+
+
+def _first_token(bench: Bench, size: str, who: str, model: Any, dtype: torch.dtype) -> None:
+    for batch in (1, 8):
+        inputs = models.question(size, WORDS, batch, bench.device, dtype)
+        length = inputs["input_ids"].shape[1]
+        case = f"B{batch}: image ({models.patches(size)} patches) + {WORDS} words to the first token"
+        with bench.row_of(case, who, "eager"):
+            timing = measure(lambda i=inputs: model(**i, use_cache=True, logits_to_keep=1), **_how(bench))
+            bench.add(case, who, "eager", timing, batch=batch, length=length)
+        if bench.device.type != "cuda":
+            continue
+        with bench.row_of(case, who, "graph"):
+            replay = captured(lambda i=inputs: _stitched(model, **i), warmup=2)
+            bench.add(case, who, "graph", measure(replay, **_how(bench)), batch=batch, length=length)
+        with bench.row_of(f"B{batch}: vision tower and connector alone", who, "graph"):
+            replay = captured(lambda i=inputs: _features(model, i["pixel_values"]), warmup=2)
+            case = f"B{batch}: vision tower and connector alone"
+            bench.add(case, who, "graph", measure(replay, **_how(bench)), batch=batch)
+
+
+def _answer(bench: Bench, size: str, who: str, model: Any, dtype: torch.dtype, until: float) -> None:
+    inputs = models.question(size, WORDS, 1, bench.device, dtype)
+    new = 8 if bench.toy else ANSWER
+    case = f"B1: image + {WORDS} words, answer of {new} tokens, first to last"
+    ways: dict[str, dict[str, Any]] = {"generate": {}}
+    if who != models.OURS and bench.device.type == "cuda":
+        ways["generate, static cache, compiled"] = {"cache_implementation": "static"}
+    for mode, options in ways.items():
+        if bench.left() < max(until, COMPILING if options else 3):
+            bench.missing(case, who, f"no time left in this run for {mode}")
+            continue
+        options |= {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        with bench.row_of(case, who, mode):
+            attention = torch.ones_like(inputs["input_ids"])
+            timing = measure(
+                lambda o=options, a=attention: model.generate(**inputs, attention_mask=a, **o),
+                device=bench.device,
+                budget=bench.seconds(2.0),
+                least=2,
+                warmup=2 if len(ways) > 1 else 1,
+            )
+            bench.add(case, who, mode, timing, batch=1)
+            bench.add(f"{case}, tokens/s", who, mode, timing, unit="tokens/s", work=new, batch=1)
+
+
+def _how(bench: Bench) -> dict[str, Any]:
+    return {"device": bench.device, "budget": bench.seconds(1.0), "least": 3, "warmup": 2}
+
+
+def _features(model: Any, pixel_values: Tensor) -> Tensor:
+    """Images' tokens (B, P, d) of either model."""
+    features = model.get_image_features(pixel_values)
+    return features if isinstance(features, Tensor) else torch.stack(list(features.pooler_output))
+
+
+def _stitched(model: Any, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+    """The forward pass for a prompt whose layout is known (image first), free of the checks that wait for the device,
+    the same for both models."""
+    features = _features(model, pixel_values)
+    words = model.get_input_embeddings()(input_ids[:, features.shape[1] :])
+    embeds = torch.cat([features.to(words.dtype), words], dim=1)
+    if hasattr(model, "connector"):
+        return model.language_model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1).logits
+    hidden = model.model.language_model(inputs_embeds=embeds, use_cache=True).last_hidden_state
+    return model.lm_head(hidden[:, -1:])
