@@ -34,16 +34,3 @@ if DEVICE == "cpu":
         return self.rewrite()(*args, **kwargs) if ours else _call(self, *args, **kwargs)
 
     interpreter.InterpretedFunction.__call__ = _call_patched
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.empty` gives NaN, so an element that a kernel leaves out shows."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        make = getattr(owner, name)
-
-        def filled(*args: object, make=make, **kwargs: object) -> torch.Tensor:
-            t = make(*args, **kwargs)
-            return t.fill_(float("nan")) if t.is_floating_point() else t
-
-        monkeypatch.setattr(owner, name, filled)

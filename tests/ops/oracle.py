@@ -68,7 +68,9 @@ def scan_2d(x, dt, A, B, C, D, dt_bias, h, w, orders, dt_softplus=True):
     total = torch.zeros_like(x[:, 0])
     for k, order in enumerate(orders):
         path = walk(order, h, w)
-        y, _ = scan(x[:, k, path], dt[:, k, path], A[k], B[:, k, path], C[:, k, path], D[k], None, dt_bias[k], dt_softplus)
+        y, _ = scan(
+            x[:, k, path], dt[:, k, path], A[k], B[:, k, path], C[:, k, path], D[k], None, dt_bias[k], dt_softplus
+        )
         total = total + torch.zeros_like(total).index_copy(1, path, y)
     return total
 

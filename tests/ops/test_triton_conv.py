@@ -5,13 +5,20 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from interpreter import DEVICE, poisoned  # noqa: F401
+from interpreter import DEVICE
 from oracle import error
 
 from vlmamba.ops.causal_conv1d import triton as conv
 from vlmamba.ops.scan_2d import triton as scan_2d
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    """The interpreter is slow: short chunks bring every boundary within few steps."""
+    monkeypatch.setattr(conv, "CHUNK", 8)
 
 
 def inputs(B, L, D, W=4, dtype=torch.float32, K=None):
@@ -45,33 +52,39 @@ def check(t, activation="silu", seq_idx=None):
     return y, final
 
 
-@pytest.mark.parametrize(("B", "L", "D"), [(2, 67, 40), (1, 64, 33), (2, 2, 8), (1, 1, 5), (1, 130, 32)])
+@pytest.mark.parametrize(("B", "L", "D"), [(2, 11, 40), (1, 16, 33), (1, 2, 8), (1, 1, 5), (1, 18, 32)])
 @pytest.mark.parametrize("activation", [None, "silu"])
-def test_every_gradient(B, L, D, activation, poisoned):
+def test_every_gradient(B, L, D, activation):
     check(inputs(B, L, D), activation)
 
 
 @pytest.mark.parametrize("W", [2, 3, 5])
-def test_widths(W, poisoned):
-    check(inputs(2, 66, 16, W))
+def test_widths(W):
+    check(inputs(1, 10, 16, W))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype, poisoned):
-    check(inputs(2, 70, 40, dtype=dtype))
+def test_half_precision(dtype):
+    check(inputs(1, 14, 40, dtype=dtype))
 
 
-def test_bare(poisoned):
-    t = inputs(2, 30, 16)
+def test_bare():
+    t = inputs(1, 9, 16)
     check({"x": t["x"], "weight": t["weight"]})
 
 
-def test_resets_and_padding(poisoned):
-    rows = [[0] * 62 + [1] * 1 + [2] * 1 + [3] * 9, [5] * 64 + [-1] * 9, [0] * 63 + [1] * 2 + [-1] * 8, [-1] * 73, [0] * 2 + [-1] * 71]
+def test_resets_and_padding():
+    rows = [
+        [0] * 6 + [1] * 1 + [2] * 1 + [3] * 9,
+        [5] * 8 + [-1] * 9,
+        [0] * 7 + [1] * 2 + [-1] * 8,
+        [-1] * 17,
+        [0] * 2 + [-1] * 15,
+    ]
     seq_idx = torch.tensor(rows, dtype=torch.int32, device=DEVICE)
-    t = inputs(5, 73, 16)
+    t = inputs(5, 17, 16)
     y, final = check(t, seq_idx=seq_idx)
-    assert (y[1, 64:] == 0).all()
+    assert (y[1, 8:] == 0).all()
     assert torch.equal(final[3], t["initial"][3])
     t["x"][seq_idx < 0] = float("nan")
     again, final_again = conv.forward(t["x"], t["weight"], t["bias"], "silu", t["initial"], seq_idx, True)
@@ -79,8 +92,8 @@ def test_resets_and_padding(poisoned):
     assert torch.equal(final, final_again)
 
 
-def test_strided_views(poisoned):
-    t = inputs(2, 20, 24)
+def test_strided_views():
+    t = inputs(1, 9, 24)
     wide = torch.cat([t["x"], t["x"]], -1)
     check(t | {"x": wide[..., :24]})
     check(t | {"x": t["x"].mT.contiguous().mT})
@@ -103,10 +116,10 @@ def test_clear_errors():
         conv.forward(t["x"].double(), t["weight"], None, None, None, None, False)
 
 
-@pytest.mark.parametrize(("orders", "grid"), [((0, 1, 2, 3), (9, 8)), ((2, 1), (3, 5))])
-def test_grid(orders, grid, poisoned):
+@pytest.mark.parametrize(("orders", "grid"), [((0, 1, 2, 3), (3, 5)), ((2, 1), (5, 2))])
+def test_grid(orders, grid):
     h, w = grid
-    t = inputs(2, h * w, 24, K=len(orders))
+    t = inputs(1, h * w, 24, K=len(orders))
     args = (t["x"], t["weight"], t["bias"])
     y = scan_2d.conv_forward(*args, "silu", h, w, orders)
     exact = [a.double().cpu().requires_grad_() for a in args]

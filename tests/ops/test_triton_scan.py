@@ -5,12 +5,13 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from interpreter import DEVICE, poisoned  # noqa: F401
+from interpreter import DEVICE
 from oracle import error
 
 from vlmamba.ops.scan_2d import triton as scan_2d
 from vlmamba.ops.selective_scan import triton as scan
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 GRADIENTS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial")
 
@@ -43,7 +44,19 @@ def check(t, seq_idx=None, dt_softplus=True, final=True):
     """Forward and backward of kernel and oracle on the same rounded inputs."""
     tolerance = TOLERANCE[t["x"].dtype]
     names = [name for name in GRADIENTS if t.get(name) is not None]
-    args = [t["x"], t["dt"], t["A"], t["B"], t["C"], t.get("D"), t.get("z"), t.get("dt_bias"), dt_softplus, t.get("initial"), seq_idx]
+    args = [
+        t["x"],
+        t["dt"],
+        t["A"],
+        t["B"],
+        t["C"],
+        t.get("D"),
+        t.get("z"),
+        t.get("dt_bias"),
+        dt_softplus,
+        t.get("initial"),
+        seq_idx,
+    ]
     y, h, saved = scan.forward(*args, final)
     exact = {name: t[name].detach().double().cpu().requires_grad_() for name in names}
     y64, h64 = oracle.scan(**exact, dt_softplus=dt_softplus, seq_idx=None if seq_idx is None else seq_idx.cpu())
@@ -68,40 +81,51 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr(scan, "CHUNK", 8)
 
 
-@pytest.mark.parametrize(("B", "L", "D", "N"), [(2, 13, 40, 16), (1, 17, 33, 8), (1, 3, 5, 16), (1, 9, 20, 32), (1, 5, 9, 12), (1, 5, 8, 64)])
-def test_every_gradient(B, L, D, N, poisoned):
+@pytest.mark.parametrize(
+    ("B", "L", "D", "N"), [(1, 13, 40, 16), (2, 9, 5, 8), (1, 3, 5, 16), (1, 9, 20, 32), (1, 5, 9, 12), (1, 5, 8, 64)]
+)
+def test_every_gradient(B, L, D, N):
     check(inputs(B, L, D, N))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype, poisoned):
+def test_half_precision(dtype):
     check(inputs(1, 11, 24, 16, dtype))
 
 
-def test_bare(poisoned):
+def test_bare():
     t = inputs(1, 9, 24, 16)
-    check({name: t[name] for name in ("x", "dt", "A", "B", "C")} | {"dt": t["dt"].abs() * 0.1}, dt_softplus=False, final=False)
+    check(
+        {name: t[name] for name in ("x", "dt", "A", "B", "C")} | {"dt": t["dt"].abs() * 0.1},
+        dt_softplus=False,
+        final=False,
+    )
 
 
-def test_resets_and_padding(poisoned):
-    t = inputs(3, 19, 20, 16)
-    seq_idx = torch.tensor([[0] * 3 + [1] * 13 + [2] * 3, [4] * 8 + [0] * 3 + [-1] * 8, [-1] * 19], dtype=torch.int32, device=DEVICE)
+def test_resets_and_padding():
+    t = inputs(3, 13, 8, 16)
+    seq_idx = torch.tensor(
+        [[0] * 3 + [1] * 8 + [2] * 2, [4] * 8 + [0] * 2 + [-1] * 3, [-1] * 13], dtype=torch.int32, device=DEVICE
+    )
     y, h = check(t, seq_idx)
-    assert (y[1, 11:] == 0).all()
+    assert (y[1, 10:] == 0).all()
     assert torch.equal(h[2], t["initial"][2])
 
 
-def test_padding_is_never_read(poisoned):
-    t = inputs(1, 10, 32, 16)
-    seq_idx = torch.tensor([[0] * 7 + [-1] * 3], dtype=torch.int32, device=DEVICE)
-    args = lambda t: (t["x"], t["dt"], t["A"], t["B"], t["C"], t["D"], t["z"], t["dt_bias"], True, t["initial"], seq_idx)  # noqa: E731
+def test_padding_is_never_read():
+    t = inputs(1, 6, 32, 16)
+    seq_idx = torch.tensor([[0] * 3 + [-1] * 3], dtype=torch.int32, device=DEVICE)
+
+    def args(t):
+        return *(t[name] for name in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")), True, t["initial"], seq_idx
+
     dirty = dict(t)
     for name in ("x", "dt", "B", "C", "z"):
         dirty[name] = t[name].clone()
-        dirty[name][:, 7:] = float("nan")
+        dirty[name][:, 3:] = float("nan")
     dy, dh = torch.ones_like(t["x"]), torch.ones_like(t["initial"])
     dirty_dy = dy.clone()
-    dirty_dy[:, 7:] = float("nan")
+    dirty_dy[:, 3:] = float("nan")
     y, h, saved = scan.forward(*args(t), True)
     clean = [y, h, *scan.backward(dy, dh, *args(t), saved)]
     y, h, saved = scan.forward(*args(dirty), True)
@@ -109,7 +133,7 @@ def test_padding_is_never_read(poisoned):
         assert torch.equal(a, b)
 
 
-def test_strided_views(poisoned):
+def test_strided_views():
     """Halves of in_proj's output and slices of x_proj's, at an odd offset that no packed load can take."""
     t = inputs(1, 6, 24, 16)
     xz = torch.cat([t["x"], t["z"]], -1)
@@ -140,21 +164,23 @@ def test_clear_errors():
 
 def test_split_continues():
     """A scan of two halves, the second from the state of the first, is the scan of the whole."""
-    t = inputs(1, 20, 32, 16)
-    whole, final, _ = scan.forward(*(t[n] for n in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")), True, t["initial"], None, True)
+    t = inputs(1, 12, 32, 16)
+    whole, final, _ = scan.forward(
+        *(t[n] for n in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")), True, t["initial"], None, True
+    )
     state, parts = t["initial"], []
-    for part in (slice(0, 7), slice(7, 20)):
+    for part in (slice(0, 5), slice(5, 12)):
         y, state, _ = scan.forward(
-            t["x"][:, part], t["dt"][:, part], t["A"], t["B"][:, part], t["C"][:, part], t["D"], t["z"][:, part], t["dt_bias"],
-            True, state, None, True,
+            t["x"][:, part], t["dt"][:, part], t["A"], t["B"][:, part], t["C"][:, part], t["D"], t["z"][:, part],
+            t["dt_bias"], True, state, None, True,
         )  # fmt: skip
         parts.append(y)
     assert error(torch.cat(parts, 1), whole) < 1e-6
     assert error(state, final) < 1e-6
 
 
-@pytest.mark.parametrize(("orders", "grid"), [((0, 1, 2, 3), (3, 4)), ((3,), (2, 5))])
-def test_grid(orders, grid, poisoned):
+@pytest.mark.parametrize(("orders", "grid"), [((0, 1, 2, 3), (3, 2)), ((3,), (2, 4))])
+def test_grid(orders, grid):
     h, w = grid
     K = len(orders)
     t = inputs(1, h * w, 24, 16, K=K)
@@ -171,12 +197,18 @@ def test_grid(orders, grid, poisoned):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("B", "L", "D", "N"), [(2, 1024, 5120, 16), (16, 257, 768, 16), (1, 4099, 130, 8), (2, 500, 384, 64)])
+@pytest.mark.parametrize(
+    ("B", "L", "D", "N"), [(2, 1024, 5120, 16), (16, 257, 768, 16), (1, 4099, 130, 8), (2, 500, 384, 64)]
+)
 def test_real_sizes_match_and_repeat(B, L, D, N):
-    """Half precision against float32, which the small cases hold to float64, and two runs against each other, bit for bit."""
+    """Half precision against float32, which the small cases hold to float64, and two runs against each other, bit for
+    bit."""
     t = inputs(B, L, D, N, torch.bfloat16)
     wide = {name: value.float() for name, value in t.items()}
-    call = lambda t: (t["x"], t["dt"], t["A"], t["B"], t["C"], t["D"], t["z"], t["dt_bias"], True, t["initial"], None)  # noqa: E731
+
+    def call(t):
+        return *(t[name] for name in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")), True, t["initial"], None
+
     dy, dh = torch.randn_like(t["x"]), torch.randn_like(t["initial"])
 
     def run(t, dy):

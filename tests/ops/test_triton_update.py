@@ -5,22 +5,34 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from interpreter import DEVICE, poisoned  # noqa: F401
+from interpreter import DEVICE
 from oracle import error
 from test_triton_conv import inputs as conv_inputs
 from test_triton_scan import inputs as scan_inputs
 
 from vlmamba.ops.state_update import triton as update
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 
-def test_tokens_one_by_one_are_the_scan(poisoned):
+
+def test_tokens_one_by_one_are_the_scan():
     t = scan_inputs(3, 5, 70, 16)
     slots = torch.tensor([4, 0, 2], device=DEVICE)
     pool = torch.full((6, 70, 16), 7.0, device=DEVICE)
     pool[slots] = t["initial"]
     rows = [
         update.forward(
-            pool, t["x"][:, i], t["dt"][:, i], t["A"], t["B"][:, i], t["C"][:, i], t["D"], t["z"][:, i], t["dt_bias"], True, slots
+            pool,
+            t["x"][:, i],
+            t["dt"][:, i],
+            t["A"],
+            t["B"][:, i],
+            t["C"][:, i],
+            t["D"],
+            t["z"][:, i],
+            t["dt_bias"],
+            True,
+            slots,
         )
         for i in range(5)
     ]
@@ -30,7 +42,7 @@ def test_tokens_one_by_one_are_the_scan(poisoned):
     assert (pool[[1, 3, 5]] == 7).all()
 
 
-def test_without_slots_or_extras(poisoned):
+def test_without_slots_or_extras():
     t = scan_inputs(2, 1, 33, 8)
     state = t["initial"].clone()
     dt = t["dt"].abs() * 0.1
@@ -41,8 +53,10 @@ def test_without_slots_or_extras(poisoned):
     assert error(state, final64) < 1e-6
 
 
-@pytest.mark.parametrize(("W", "dtype"), [(4, torch.float32), (4, torch.bfloat16), (2, torch.float32), (1, torch.float32)])
-def test_inputs_one_by_one_are_the_convolution(W, dtype, poisoned):
+@pytest.mark.parametrize(
+    ("W", "dtype"), [(4, torch.float32), (4, torch.bfloat16), (2, torch.float32), (1, torch.float32)]
+)
+def test_inputs_one_by_one_are_the_convolution(W, dtype):
     t = conv_inputs(2, 6, 40, W, dtype)
     slots = torch.tensor([3, 1], device=DEVICE, dtype=torch.int32)
     pool = torch.full((4, W - 1, 40), 7.0, device=DEVICE, dtype=dtype)

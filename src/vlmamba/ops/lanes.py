@@ -1,13 +1,20 @@
-"""Device functions of the Triton scans: how the 32 lanes of a warp share channels and states, and what each lane computes.
+"""Device functions of the Triton scans: how the 32 lanes of a warp share channels and states, and what each lane
+computes.
 
-S lanes stand side by side for a group of 4 channels and divide its states among them, NS states a lane; 32 / S groups make
-a warp, which is the whole program. A lane keeps the 4 x NS states of its group that are its own as separate values, loads
-and finishes one channel of the group (its own), and learns the others' by exchange between lanes (`tl.gather`, a shuffle).
+S lanes stand side by side for a group of 4 channels and divide its states among them, NS states a lane; 32 / S groups
+make a warp, which is the whole program. A lane keeps the 4 x NS states of its group that are its own as separate
+values, loads and finishes one channel of the group (its own), and learns the others' by exchange between lanes
+(`tl.gather`, a shuffle).
 So what depends on the channel alone is computed once, B and C are read once for 4 channels, and a sum over channels
 crosses 32 / S lanes instead of 32.
 
 Letters: S lanes of a group, NS states of a lane, T steps done together.
 """
+
+# mypy: ignore-errors
+# ruff: noqa: RUF005
+# (Triton's language looks like Python, but only its own compiler knows the types of its names; it has no starred
+# tuples, and a condition known to it must stand apart from one that is not.)
 
 from __future__ import annotations
 
@@ -19,8 +26,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def softplus(v):
-    """log(1 + exp(v)). The polynomial is log(1 + e) / e on [0, 1], minimax in the relative error (2e-7): no cancellation
-    where dt is small, and no second trip to the special-function unit."""
+    """log(1 + exp(v)). The polynomial is log(1 + e) / e on [0, 1], minimax in the relative error (2e-7): no
+    cancellation where dt is small, and no second trip to the special-function unit."""
     e = tl.exp2(-tl.abs(v) * LOG2E)
     p = e * 0.0052326880395412445 - 0.029505213722586632
     p = p * e + 0.07822591066360474
@@ -42,7 +49,8 @@ def sigmoid(v):
 
 @triton.jit
 def position(step, length, orders, k, height, width, GRID: tl.constexpr):
-    """Where step `step` of order k stands in memory. `orders` packs two bits per k: 1 reverses, 2 walks down the columns."""
+    """Where step `step` of order k stands in memory. `orders` packs two bits per k: 1 reverses, 2 walks down the
+    columns."""
     if GRID:
         order = (orders >> (2 * k)) & 3
         t = tl.where(order % 2 == 1, length - 1 - step, step)
@@ -79,7 +87,8 @@ def fetch(pointer, stride, at, T: tl.constexpr):
 
 @triton.jit
 def fetch_states(pointer, stride, at, held, T: tl.constexpr, NS: tl.constexpr, PACKED: tl.constexpr):
-    """Each lane's NS values of B or C at T positions, in words of up to 8 bytes, or one by one where rows are not aligned."""
+    """Each lane's NS values of B or C at T positions, in words of up to 8 bytes, or one by one where rows are not
+    aligned."""
     raw = ()
     for j in tl.static_range(T):
         here = pointer + at[j] * stride
@@ -136,8 +145,8 @@ def spread(value, S: tl.constexpr):
 
 @triton.jit
 def add_across(values, bit: tl.constexpr):
-    """Sum over the pairs of lanes that differ in `bit`: of several values each lane of a pair keeps half, the upper lane the
-    upper half; a single one both keep."""
+    """Sum over the pairs of lanes that differ in `bit`: of several values each lane of a pair keeps half, the upper
+    lane the upper half; a single one both keep."""
     lane = tl.arange(0, 32)
     total = ()
     if len(values) == 1:
@@ -239,8 +248,8 @@ def decayed(values, a2, dts, NS: tl.constexpr):
 
 @triton.jit
 def fold(values, parts, spans, a2, count, order, S: tl.constexpr, NS: tl.constexpr):
-    """Carry a state over `count` segments: values = exp(A span) values + part. Segments stand `order` apart in `parts` and
-    (by sign) in `spans`; a span that is no number says that the segment began a new sequence."""
+    """Carry a state over `count` segments: values = exp(A span) values + part. Segments stand `order` apart in `parts`
+    and (by sign) in `spans`; a span that is no number says that the segment began a new sequence."""
     for segment in range(count):
         dts = spread(tl.load(spans + segment * order * 32 + tl.arange(0, 32)), S)
         part = load_values(parts + segment * order * (4 * NS * 32), 4 * NS)

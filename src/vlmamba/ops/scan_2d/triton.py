@@ -1,5 +1,5 @@
-"""Convolution and selective scan over a grid of patches on the GPU: all K orders in one launch of the 1-D kernels, which
-walk the patches by index; what the orders share (x of the convolution, dy of the scan) is read, never copied.
+"""Convolution and selective scan over a grid of patches on the GPU: all K orders in one launch of the 1-D kernels,
+which walk the patches by index; what the orders share (x of the convolution, dy of the scan) is read, never copied.
 
 Letters: B batch, K scan orders, P patches (h * w, row-major), D channels, N state size, W width.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from vlmamba.ops.causal_conv1d.triton import conv_rows, conv_rows_backward
@@ -17,7 +16,8 @@ from vlmamba.ops.selective_scan.triton import check, scan_rows, scan_rows_backwa
 
 
 def pack(orders: Sequence[int]) -> int:
-    """Two bits an order: 1 reverses, 2 walks down the columns (row, row-reverse, column, column-reverse = 0, 1, 2, 3)."""
+    """Two bits an order: 1 reverses, 2 walks down the columns (row, row-reverse, column, column-reverse = 0, 1, 2,
+    3)."""
     return sum(int(order) << (2 * k) for k, order in enumerate(orders))
 
 
@@ -36,7 +36,14 @@ def conv_forward(
 
 
 def conv_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, h: int, w: int, orders: Sequence[int]
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    h: int,
+    w: int,
+    orders: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients (dx (B, P, D), dweight, dbias) of `conv_forward`."""
     check("conv_2d", dy=dy, x=x, weight=weight, bias=bias)
@@ -49,8 +56,8 @@ def scan_forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool,
     h: int, w: int, orders: Sequence[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x, dt (B, K, P, D), A (K, D, N), B, C (B, K, P, N), D, dt_bias (K, D). Gives y (B, P, D), the sum over the orders, and
-    the saved states for `scan_backward`."""
+    """x, dt (B, K, P, D), A (K, D, N), B, C (B, K, P, N), D, dt_bias (K, D). Gives y (B, P, D), the sum over the
+    orders, and the saved states for `scan_backward`."""
     check("scan_2d", x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias)
     y, _, saved = scan_rows(
         x, dt, A, B, C, _contiguous(D), None, _contiguous(dt_bias), dt_softplus, None, None, False, (h, w), pack(orders)
