@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
 import time
@@ -86,7 +87,9 @@ def _section(bench: Bench, name: str, module: str, seconds: float) -> None:
     if importlib.util.find_spec(module) is None:
         bench.missing(name, "vlmamba", f"{module} does not exist")
         return
-    importlib.import_module(module).run(bench)
+    loaded = importlib.import_module(module)
+    bench.report.about[name] = inspect.cleandoc(loaded.__doc__ or "").split("\n\nShapes")[0]
+    loaded.run(bench)
     bench.free()
     bench.report.seconds[name] = round(time.monotonic() - before, 1)
 

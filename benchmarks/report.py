@@ -55,10 +55,11 @@ class Report:
         self.path, self.machine = path, machine
         self.rows: list[Row] = []
         self.seconds: dict[str, float] = {}
+        self.about: dict[str, str] = {}  # section: what is measured, and how
         if path.with_suffix(".json").exists():
             stored = json.loads(path.with_suffix(".json").read_text())
             self.rows = [Row(**row) for row in stored["rows"]]
-            self.seconds = stored["seconds"]
+            self.seconds, self.about = stored["seconds"], stored["about"]
             self.machine = {**stored["machine"], **machine}
 
     def start(self, section: str) -> None:
@@ -71,7 +72,8 @@ class Report:
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        stored = {"machine": self.machine, "seconds": self.seconds, "rows": [asdict(row) for row in self.rows]}
+        rows = [asdict(row) for row in self.rows]
+        stored = {"machine": self.machine, "about": self.about, "seconds": self.seconds, "rows": rows}
         _replace(self.path.with_suffix(".json"), json.dumps(stored, indent=1) + "\n")
         _replace(self.path.with_suffix(".md"), self.markdown())
 
@@ -80,7 +82,7 @@ class Report:
         lines += [f"* {key}: {value}" for key, value in self.machine.items() if key != "name"]
         for section in dict.fromkeys(row.section for row in self.rows):
             rows = [row for row in self.rows if row.section == section]
-            lines += ["", f"## {section.capitalize()}", "", *_table(rows)]
+            lines += ["", f"## {section}", "", self.about.get(section, ""), "", *_table(rows)]
         return "\n".join(lines) + "\n"
 
 
