@@ -12,7 +12,7 @@ from vlmamba.ops.causal_conv1d import triton as conv
 from vlmamba.ops.scan_2d import triton as scan_2d
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @pytest.fixture(autouse=True)
@@ -124,8 +124,8 @@ def test_grid(orders, grid):
     y = scan_2d.conv_forward(*args, "silu", h, w, orders)
     exact = [a.double().cpu().requires_grad_() for a in args]
     y64 = oracle.conv_2d(*exact, h, w, orders, "silu")
-    assert error(y, y64) < 2e-6
+    assert error(y, y64) < 5e-6
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     found = scan_2d.conv_backward(dy, *args, "silu", h, w, orders)
     for got, expected in zip(found, torch.autograd.grad(y64, exact, dy.double().cpu())):
-        assert error(got, expected) < 2e-6
+        assert error(got, expected) < 5e-6

@@ -12,7 +12,7 @@ from vlmamba.ops.scan_2d import triton as scan_2d
 from vlmamba.ops.selective_scan import triton as scan
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 GRADIENTS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial")
 
 
@@ -58,6 +58,7 @@ def check(t, seq_idx=None, dt_softplus=True, final=True):
         seq_idx,
     ]
     y, h, saved = scan.forward(*args, final)
+    assert saved.shape == scan.saved_shape(*t["x"].shape, t["A"].shape[1])
     exact = {name: t[name].detach().double().cpu().requires_grad_() for name in names}
     y64, h64 = oracle.scan(**exact, dt_softplus=dt_softplus, seq_idx=None if seq_idx is None else seq_idx.cpu())
     assert error(y, y64) < tolerance
@@ -187,13 +188,14 @@ def test_grid(orders, grid):
     names = ("x", "dt", "A", "B", "C", "D", "dt_bias")
     args = [t[name] for name in names]
     y, saved = scan_2d.scan_forward(*args, True, h, w, orders)
+    assert saved.shape == scan_2d.saved_shape(1, K, h * w, 24, 16)
     exact = [a.double().cpu().requires_grad_() for a in args]
     y64 = oracle.scan_2d(*exact, h, w, orders)
-    assert error(y, y64) < 3e-6
+    assert error(y, y64) < 1e-5
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     found = scan_2d.scan_backward(dy, *args, True, h, w, orders, saved)
     for name, got, expected in zip(names, found, torch.autograd.grad(y64, exact, dy.double().cpu())):
-        assert error(got, expected) < 3e-6, name
+        assert error(got, expected) < 1e-5, name
 
 
 @pytest.mark.gpu

@@ -23,7 +23,7 @@ def pack(orders: Sequence[int]) -> int:
 
 def saved_shape(batch: int, orders: int, patches: int, channels: int, states: int) -> tuple[int, ...]:
     """Shape of the second output of `scan_forward`."""
-    return (batch, orders, *scan.saved_shape(1, patches, channels, states)[1:])
+    return (batch, orders, *scan.saved_shape(1, patches, channels, states)[2:])
 
 
 def conv_forward(

@@ -221,7 +221,8 @@ def scan_rows_backward(
         )  # fmt: skip
     dB, dC = dBC.sum(2).split(N, -1)
     return (
-        dx, ddt, dA.sum((0, 2)), dB.to(B.dtype), dC.to(C.dtype), None if dD is None else dD.sum((0, 2)), dz,
+        dx, ddt, dA.sum((0, 2)), dB.to(B.dtype).contiguous(), dC.to(C.dtype).contiguous(),
+        None if dD is None else dD.sum((0, 2)), dz,
         None if dbias is None else dbias.sum((0, 2)), dinitial,
     )  # fmt: skip
 
