@@ -237,7 +237,8 @@ class Code:
         return self.exp2(self.mul(v, self.number(LOG2E)))
 
     def sigmoid(self, v: ir.Value) -> ir.Value:
-        return self.ir.fdiv(self.number(1), self.add(self.number(1), self.exp(self.mul(v, self.number(-1)))))
+        one = self.number(1)
+        return self.ir.fdiv(one, self.add(one, self.exp2(self.mul(v, self.number(-LOG2E)))))
 
     def softplus(self, v: ir.Value) -> ir.Value:
         """log(1 + e^v) = max(v, 0) + 2 atanh(u / (2 + u)) with u = e^-|v|: accurate for large negative v too."""
