@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from vlmamba import ops
+from vlmamba.models import decode
 from vlmamba.models.loss import next_token_loss
 from vlmamba.models.names import register_names
 from vlmamba.models.padding import Compaction
@@ -396,6 +397,11 @@ class VLMambaForCausalLM(VLMambaPreTrainedModel, GenerationMixin):
         Returns:
             loss (float32 scalar), logits (B, kept, V), cache_params.
         """
+        fused = None
+        if input_ids is not None and cache_params is not None and labels is attention_mask is seq_idx is None:
+            fused = None if output_hidden_states else decode.one_token(self, input_ids, cache_params)
+        if fused is not None:
+            return MambaOutput(logits=_without_padding(fused, num_tokens), cache_params=cache_params)
         output = self.backbone(
             input_ids,
             attention_mask,
@@ -414,11 +420,15 @@ class VLMambaForCausalLM(VLMambaPreTrainedModel, GenerationMixin):
             hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
         else:
             hidden = hidden[:, logits_to_keep]
-        logits = self.lm_head(hidden)
-        if num_tokens is not None and num_tokens < logits.shape[-1]:
-            logits[..., num_tokens:] = -torch.inf
-        output.logits = logits
+        output.logits = _without_padding(self.lm_head(hidden), num_tokens)
         return output
+
+
+def _without_padding(logits: Tensor, num_tokens: int | None) -> Tensor:
+    """Logits in which the padded rows of the vocabulary are impossible, in place."""
+    if num_tokens is not None and num_tokens < logits.shape[-1]:
+        logits[..., num_tokens:] = -torch.inf
+    return logits
 
 
 def continue_inputs(model_inputs: dict[str, Any], is_first_iteration: bool) -> dict[str, Any]:

@@ -122,10 +122,15 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give either input_ids or inputs_embeds")
-            inputs_embeds = self.embed(input_ids, pixel_values)
+            if pixel_values is not None or cache_params is None or input_ids.shape[1] > 1 or not input_ids.is_cuda:
+                inputs_embeds, input_ids = self.embed(input_ids, pixel_values), None
+            # else one more token of text: its id goes on as it is (to the fused step, and without waiting for the GPU)
         elif pixel_values is not None:
             raise ValueError("give images either as pixel_values with input_ids, or inside inputs_embeds")
+        else:
+            input_ids = None
         output = self.language_model(
+            input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             cache_params=cache_params,
