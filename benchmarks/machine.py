@@ -13,6 +13,7 @@ import transformers
 
 from benchmarks import peers
 from benchmarks.timing import measure, rotating
+from vlmamba import ops
 
 
 def name_of(device: torch.device) -> str:
@@ -41,6 +42,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         described["triton"] = triton.__version__
     except ImportError:
         described["triton"] = "not installed"
+    described["vlmamba's ops"] = ops.explain("selective_scan", device, torch.float32)
     return described | {peer: version for peer, version in peers.versions().items() if peer != "transformers"}
 
 
