@@ -289,6 +289,8 @@ class Decoder:
 
 
 _decoders: weakref.WeakKeyDictionary[nn.Module, Decoder] = weakref.WeakKeyDictionary()
+_refused: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()  # since the last prompt
+_told: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 def decoder_of(model: nn.Module) -> Decoder | None:
@@ -296,6 +298,8 @@ def decoder_of(model: nn.Module) -> Decoder | None:
     held = _decoders.get(model)
     if held is not None and held.checked:
         return held
+    if model in _refused:
+        return None
     reason = refusal(model)
     if reason is None and held is not None and held.signature == _signature(model):
         held.checked = True
@@ -304,12 +308,24 @@ def decoder_of(model: nn.Module) -> Decoder | None:
         held.release()
         del _decoders[model]
     if reason is not None:
-        if model.lm_head.weight.device.type == "cuda" and not model.training:
+        _refused[model] = reason
+        if _told.get(model) != reason and model.lm_head.weight.device.type == "cuda" and not model.training:
+            _told[model] = reason
             message = f"decoding runs module by module, several times slower: {reason}"
             warnings.warn(message, RuntimeWarning, stacklevel=3)
         return None
     _decoders[model] = Decoder(model)
     return _decoders[model]
+
+
+def look_again(model: nn.Module) -> None:
+    """After a prompt went through the modules: they are looked at anew before the next fused token."""
+    if torch.compiler.is_compiling():
+        return
+    _refused.pop(model, None)
+    held = _decoders.get(model)
+    if held is not None:
+        held.checked = False
 
 
 @torch.no_grad()
@@ -373,10 +389,8 @@ def one_token(model: nn.Module, input_ids: Tensor, state: MambaState) -> Tensor 
     """Logits (B, 1, V) in the model's dtype after one more token per row (B, 1); None where the plain path must run."""
     if input_ids.device.type != "cuda" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    held = _decoders.get(model)
     if input_ids.shape[1] != 1 or state.slots != len(input_ids):
-        if held is not None:
-            held.checked = False  # a new prompt: look at the modules again before the next token
+        look_again(model)
         return None
     if torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing():
         return None

@@ -397,11 +397,12 @@ class VLMambaForCausalLM(VLMambaPreTrainedModel, GenerationMixin):
         Returns:
             loss (float32 scalar), logits (B, kept, V), cache_params.
         """
-        fused = None
-        if input_ids is not None and cache_params is not None and labels is attention_mask is seq_idx is None:
+        if labels is attention_mask is seq_idx is None and input_ids is not None and cache_params is not None:
             fused = None if output_hidden_states else decode.one_token(self, input_ids, cache_params)
-        if fused is not None:
-            return MambaOutput(logits=_without_padding(fused, num_tokens), cache_params=cache_params)
+            if fused is not None:
+                return MambaOutput(logits=_without_padding(fused, num_tokens), cache_params=cache_params)
+        else:
+            decode.look_again(self)
         output = self.backbone(
             input_ids,
             attention_mask,
