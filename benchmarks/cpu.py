@@ -1,7 +1,7 @@
 """A Mamba of 130 million parameters on a CPU, ours and transformers': the prompt of 600 tokens, and token after token.
 
-CPU time of one thread, the two taken in turns: what a core has to work, whoever else uses the machine. (The limits above
-are by the wall clock, of all cores, so on a busy machine they are low.)
+CPU time of one thread, the two taken in turns: what a core has to work, whoever else uses the machine. (The limits
+above are by the wall clock, of all cores, so on a busy machine they are low.)
 
 Shapes: B batch, L length.
 """
