@@ -188,3 +188,13 @@ if child == 0:
 raise SystemExit(os.waitpid(child, 0)[1] != 0)
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+
+
+def test_shapes_without_data():
+    """On the meta device, as for planning memory, every op gives shapes and dtypes."""
+    x, A, B = (torch.empty(size, device="meta") for size in ((2, 6, 4), (4, 16), (2, 6, 16)))
+    y, final = ops.selective_scan(x.bfloat16(), x, A, B, B, return_final_state=True)
+    assert (y.shape, y.dtype, final.shape, final.dtype) == (x.shape, torch.bfloat16, (2, 4, 16), torch.float32)
+    assert ops.causal_conv1d(x, A[:, :4], return_final_state=True)[1].shape == (2, 3, 4)
+    assert ops.conv_2d(x, A[:, :4], None, grid=(2, 3), orders=("row", "column")).shape == (2, 2, 6, 4)
+    assert ops.state_update(torch.empty(2, 4, 16, device="meta"), x[:, 0], x[:, 0], A, B[:, 0], B[:, 0]).shape == (2, 4)

@@ -235,6 +235,19 @@ def test_memory_for_backward():
 
 
 @BOTH
+@pytest.mark.parametrize("used", [0, 1])
+def test_gradients_from_one_result(implementation, used):
+    """Only y, or only the final state, goes into the loss."""
+    inputs = scan_inputs(2, 20, 5)
+    exact = in_float64(inputs)
+    result, expected = run(inputs, implementation=implementation)[used], oracle.scan(**exact)[used]
+    options = {"allow_unused": True, "materialize_grads": True}
+    found = torch.autograd.grad(result.sum(), list(inputs.values()), **options)
+    for mine, theirs in zip(found, torch.autograd.grad(expected.sum(), list(exact.values()), **options)):
+        assert error(mine, theirs) < TOLERANCE[torch.float32]
+
+
+@BOTH
 def test_gradients_to_chosen_inputs_only(implementation):
     inputs = {name: tensor.detach() for name, tensor in scan_inputs(1, 9, 5).items()}
     inputs["x"].requires_grad_()

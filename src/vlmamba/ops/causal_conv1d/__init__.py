@@ -129,12 +129,14 @@ def _conv_backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, activation, initial_state, seq_idx, return_final_state, implementation = inputs
+    ctx.set_materialize_grads(False)  # a final state that nobody used has no gradient
     ctx.save_for_backward(x, weight, bias, initial_state, seq_idx)
     ctx.activation, ctx.return_final_state, ctx.implementation = activation, return_final_state, implementation
 
 
-def _backward(ctx: Any, dy: Tensor, dfinal_state: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, bias, initial_state, seq_idx = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
     dx, dweight, dbias, dinitial = _conv_backward(
         dy, dfinal_state if ctx.return_final_state else None, x, weight, bias, ctx.activation, initial_state, seq_idx,
         ctx.implementation,

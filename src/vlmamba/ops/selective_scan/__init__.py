@@ -160,14 +160,15 @@ def _scan_backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx, return_final_state, implementation = inputs
+    ctx.set_materialize_grads(False)  # a final state that nobody used has no gradient
     ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, output[2])
     ctx.dt_softplus, ctx.return_final_state, ctx.implementation = dt_softplus, return_final_state, implementation
 
 
-def _backward(ctx: Any, dy: Tensor, dfinal_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, saved = ctx.saved_tensors
-    if not ctx.return_final_state:
-        dfinal_state = None
+    dy = torch.zeros_like(x) if dy is None else dy
+    dfinal_state = dfinal_state if ctx.return_final_state else None
     gradients = _scan_backward(
         dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, ctx.dt_softplus, initial_state, seq_idx, saved,
         ctx.implementation,
