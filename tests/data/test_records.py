@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from vlmamba.data.records import BadSampleError, llava_length, llava_record, read_llava
+from vlmamba.data.records import BadSampleError, llava_record, locate
 
 TURNS = [
     {"from": "human", "value": "What is it?\n<image>"},
@@ -68,24 +67,68 @@ def test_image_without_a_folder() -> None:
         llava_record({"image": "a.jpg", "conversations": TURNS}, 0, None)
 
 
-def test_json_and_json_lines(tmp_path: Path) -> None:
-    entries = [{"id": "1"}, {"id": "2"}]
-    (tmp_path / "a.json").write_text(json.dumps(entries))
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries) + "\n")
-    assert read_llava(tmp_path / "a.json") == read_llava(tmp_path / "a.jsonl") == entries
+@pytest.mark.parametrize(
+    "asked", ["<image>\nWhat is it?", "What is it?\n<image>", "What <image>is it?", "<image>What is it?"]
+)
+def test_the_placeholder_may_stand_anywhere_in_the_question(asked: str) -> None:
+    turns = [{"from": "human", "value": asked}, TURNS[1]]
+    assert llava_record({"image": "a", "conversations": turns}, 0, FOLDER).turns == (("What is it?", "A dog."),)
+
+
+def test_placeholders_in_later_turns_go_to_the_front_with_the_others() -> None:
+    turns = [TURNS[0], TURNS[1], {"from": "human", "value": "<image> And this?"}, {"from": "gpt", "value": "A cat."}]
+    record = llava_record({"image": ["a", "b"], "conversations": turns}, 0, FOLDER)
+    assert record.turns == (("What is it?", "A dog."), ("And this?", "A cat."))
+    assert record.images == (FOLDER / "a", FOLDER / "b")
+    only_later = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}, *turns[2:]]
+    assert llava_record({"image": "a", "conversations": only_later}, 0, FOLDER).turns[1] == ("And this?", "A cat.")
+
+
+def test_elsewhere_the_placeholder_is_text() -> None:
+    turns = [
+        TURNS[0],
+        {"from": "gpt", "value": "Write <image> there."},
+        {"from": "human", "value": "Why <image>?"},
+        TURNS[3],
+    ]
+    record = llava_record({"image": "a", "conversations": turns}, 0, FOLDER)
+    assert record.turns == (("What is it?", "Write <image> there."), ("Why <image>?", "Brown."))
+    plain = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}, *turns[2:]]
+    assert llava_record({"conversations": plain}, 0, None).turns[1] == ("Why <image>?", "Brown.")
+
+
+def test_chat_form_and_several_images() -> None:
+    parts = [{"type": "image"}, {"type": "text", "text": "Which is larger?"}, {"type": "image"}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "The left."},
+    ]
+    record = llava_record({"images": ["a", "b"], "messages": messages}, 0, FOLDER)
+    assert record.turns == (("Which is larger?", "The left."),)
+    assert len(record.images) == 2
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [("[{]", "line 1, column 3"), ('{"a": 1}', "expected a list"), ("[1]", "expected a list")]
+    ("entry", "words"),
+    [
+        (None, "sample 7: is None"),
+        ({"id": "q", "conversations": "hi"}, "q: conversations is 'hi'"),
+        ({"id": "q", "conversations": ["hi"]}, "turn 1 is 'hi'"),
+        ({"id": "q", "conversations": [{"from": "human", "value": 3}]}, "turn 1 says 3; expected text"),
+        ({"id": "q", "image": {"a": 1}, "conversations": TURNS}, "expected a path or a list of paths"),
+        ({"id": "q", "image": [None], "conversations": TURNS}, "expected a path or a list of paths"),
+    ],
 )
-def test_files_that_are_none(tmp_path: Path, content: str, words: str) -> None:
-    (tmp_path / "a.json").write_text(content)
-    with pytest.raises(ValueError, match=words):
-        read_llava(tmp_path / "a.json")
-    with pytest.raises(ValueError, match="no such file"):
-        read_llava(tmp_path / "b.json")
+def test_what_has_another_shape_is_a_bad_sample(entry: object, words: str) -> None:
+    with pytest.raises(BadSampleError, match=words):
+        llava_record(entry, 7, FOLDER)
 
 
-def test_length_counts_text_and_images() -> None:
-    entry = {"image": "a", "conversations": [{"from": "human", "value": "x" * 40}]}
-    assert llava_length(entry, 100) == 110
+def test_a_file_of_another_suffix_is_found(tmp_path: Path) -> None:
+    (tmp_path / "1.gif").touch()
+    (tmp_path / "2.jpg").touch()
+    (tmp_path / "2.png").touch()
+    assert locate(tmp_path / "1.jpg") == tmp_path / "1.gif"
+    assert locate(tmp_path / "2.png") == tmp_path / "2.png"
+    assert locate(tmp_path / "3.jpg") == tmp_path / "3.jpg"

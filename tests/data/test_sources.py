@@ -7,19 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dirt import BAD, GOOD
 from PIL import Image
-from transformers import SiglipVisionConfig
 
 from vlmamba.data.encoding import Encoder
 from vlmamba.data.records import BadSampleError, Record
 from vlmamba.data.sources import LlavaConfig, LlavaSource, ScenesConfig, ScenesSource, SourceConfig, open_source
-from vlmamba.models.processor import VLMambaProcessor, build_image_processor
-
-
-@pytest.fixture
-def encoder(tokenizer) -> Encoder:
-    images = build_image_processor(SiglipVisionConfig(image_size=16, patch_size=8))
-    return Encoder(VLMambaProcessor(images, tokenizer, 8), "v1", "pad", 400)
 
 
 @pytest.mark.parametrize("what", ["caption", "description", "conversation"])
@@ -61,7 +54,7 @@ def test_llava(tmp_path: Path, encoder: Encoder) -> None:
     Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("no picture")
     config = SourceConfig(llava=LlavaConfig(str(tmp_path / "data.json"), str(tmp_path)), weight=2)
-    source = open_source(config, image_tokens=4)
+    source = open_source(config)
     assert (source.supply.size, source.supply.weight, source.supply.endless) == (2, 2, False)
     example = encoder(source.record(0))
     tokenizer = encoder.processor.tokenizer
@@ -70,6 +63,33 @@ def test_llava(tmp_path: Path, encoder: Encoder) -> None:
     assert [p.shape for p in example.pixels] == [(3, 16, 16)]
     with pytest.raises(BadSampleError, match=r"b: .*b\.png"):
         encoder(source.record(1))
+
+
+def test_every_kind_of_dirt(dirty: Path, encoder: Encoder) -> None:
+    source = open_source(SourceConfig(llava=LlavaConfig(str(dirty / "data.json"), str(dirty))))
+    records = [source.record(index) for index in range(len(GOOD))]
+    examples = {record.id: encoder(record) for record in records}
+    assert list(examples) == list(GOOD)
+    said = {
+        name: encoder.processor.tokenizer.decode(example.labels[example.labels >= 0])
+        for name, example in examples.items()
+    }
+    end = "<|endoftext|>"
+    assert said["plain"] == said["last"] == f" A red square{end}"
+    assert said["html"] == f" yes{end} A tag, like <image>{end}"
+    assert said["empty-answer"] == f" yes{end}"
+    assert said["gpt-first"] == f" A square{end}"
+    assert said["later"] == f" Hi{end} A red square{end}"
+    assert np.array_equal(examples["plain"].input_ids, examples["last"].input_ids)
+    assert np.array_equal(examples["suffix"].pixels[0], examples["content"].pixels[0])
+    marks = {name: int((e.input_ids == encoder.processor.image_token_id).sum()) for name, e in examples.items()}
+    assert marks == dict.fromkeys(GOOD, 4) | {"text": 0, "html": 0, "two": 8}
+    assert all(len(e.pixels) * 4 == marks[name] for name, e in examples.items())
+    for index, (name, (_, words)) in enumerate(BAD.items(), len(GOOD)):
+        with pytest.raises(BadSampleError, match=f"^{name}: .*{words}"):
+            encoder(source.record(index))
+    with pytest.raises(BadSampleError, match="sample 19: is None"):
+        source.record(len(GOOD) + len(BAD))
 
 
 def test_llava_mistakes(tmp_path: Path) -> None:

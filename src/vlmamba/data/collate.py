@@ -5,6 +5,7 @@ Shapes: B rows, L length, I images, H x W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch import Tensor
 from vlmamba.data.records import BadSampleError
 
 NO_LABEL = -100
+TILE = 64
+"""Packed rows are a multiple of this many tokens long."""
 
 
 @dataclass(frozen=True)
@@ -85,50 +88,49 @@ def truncate(example: Example, max_length: int, image_token_id: int) -> Example:
     return cut
 
 
-def pack_rows(lengths: list[int], budget: int) -> list[list[int]]:
-    """Which examples share a row: first fit, longest first, at most `budget` tokens a row (a longer one stays alone).
+def collate(
+    rows: list[list[Example]],
+    pad_id: int,
+    *,
+    packed: bool = False,
+    budget: int | None = None,
+    skipped: Sequence[str] = (),
+) -> Batch:
+    """A batch of rows of examples.
 
-    The same for the same lengths; rows are ordered by their first example.
+    Args:
+        packed: rows may hold several examples, told apart by `seq_idx`.
+        budget: the tokens that a packed row may have. Rows are then padded to a multiple of TILE, so that nearly all
+            batches have one shape.
+
+    Raises:
+        ValueError: a row holds more than `budget` tokens.
     """
-    rows: list[list[int]] = []
-    left: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        row = next((r for r, room in enumerate(left) if room >= lengths[i]), None)
-        if row is None:
-            rows.append([])
-            left.append(budget)
-            row = len(rows) - 1
-        rows[row].append(i)
-        left[row] -= lengths[i]
-    return sorted((sorted(row) for row in rows), key=lambda row: row[0])
-
-
-def collate(examples: list[Example], pad_id: int, pack_into: int | None = None, skipped: tuple[str, ...] = ()) -> Batch:
-    """A batch of `examples`: one to a row, or packed into rows of at most `pack_into` tokens."""
-    lengths = [len(example.input_ids) for example in examples]
-    rows = [[i] for i in range(len(examples))] if pack_into is None else pack_rows(lengths, pack_into)
-    width = max((sum(lengths[i] for i in row) for row in rows), default=0)
+    longest = max((sum(len(example.input_ids) for example in row) for row in rows), default=0)
+    width = longest if budget is None else min(budget, -(-longest // TILE) * TILE)
+    if longest > width:
+        raise ValueError(f"a pack of {longest} tokens, where {budget} are allowed: the table of lengths is not theirs")
     input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     labels = np.full((len(rows), width), NO_LABEL, dtype=np.int64)
     seq_idx = np.full((len(rows), width), -1, dtype=np.int32)
     for r, row in enumerate(rows):
         start = 0
-        for number, i in enumerate(row):
-            place = slice(start, start + lengths[i])
-            input_ids[r, place] = examples[i].input_ids
-            labels[r, place] = examples[i].labels
+        for number, example in enumerate(row):
+            place = slice(start, start + len(example.input_ids))
+            input_ids[r, place] = example.input_ids
+            labels[r, place] = example.labels
             labels[r, start] = NO_LABEL  # nothing stands before it to predict it from
             seq_idx[r, place] = number
-            start += lengths[i]
-    order = [examples[i] for row in rows for i in row]
+            start = place.stop
+    order = [example for row in rows for example in row]
     pixels = [image for example in order for image in example.pixels]
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
-        seq_idx=None if pack_into is None else torch.from_numpy(seq_idx),
+        seq_idx=torch.from_numpy(seq_idx) if packed else None,
         pixels=torch.from_numpy(np.stack(pixels)) if pixels else None,
         num_labels=int((labels != NO_LABEL).sum()),
-        num_tokens=sum(lengths),
+        num_tokens=sum(len(example.input_ids) for example in order),
         ids=tuple(example.id for example in order),
-        skipped=skipped,
+        skipped=tuple(skipped),
     )

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from vlmamba.data.collate import Example, truncate
-from vlmamba.data.records import BadSampleError, Record
+from vlmamba.data.collate import NO_LABEL, Example, truncate
+from vlmamba.data.records import BadSampleError, Picture, Record, locate
 from vlmamba.models.processor import VLMambaProcessor
+
+
+class Size(NamedTuple):
+    """How long a record is as an example.
+
+    Attributes:
+        length: tokens, images included, nothing cut.
+        least: the smallest `max_length` with which something of it can be learned.
+    """
+
+    length: int
+    least: int
 
 
 @dataclass
@@ -30,20 +43,53 @@ class Encoder:
 
     def __call__(self, record: Record) -> Example:
         """Raises `BadSampleError` where a picture cannot be read or nothing is left to learn."""
+        ids, labels = self._tokens(record)
+        # The text first: it is cheap, and no picture need be read for a sample that has no use.
+        example = truncate(Example(record.id, ids, labels), self.max_length, self.processor.image_token_id)
+        try:
+            pixels = tuple(self._pixels(image) for image in record.images)
+        except ValueError as problem:
+            raise BadSampleError(f"{record.id}: {problem}") from problem
+        return Example(record.id, example.input_ids, example.labels, pixels)
+
+    def measure(self, record: Record) -> Size:
+        """The size of the example that the record makes, without a look at its pictures.
+
+        Raises:
+            BadSampleError: the record can never be used.
+        """
+        ids, labels = self._tokens(record)
+        learned = np.flatnonzero(labels[1:] != NO_LABEL)
+        if not len(learned):
+            raise BadSampleError(f"{record.id}: nothing to learn from")
+        seen = np.flatnonzero(ids == self.processor.image_token_id)
+        return Size(len(ids), max(int(learned[0]) + 2, int(seen[-1]) + 1 if len(seen) else 0))
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides on lengths: tokenizer, template, tokens of an image. Not `max_length`."""
+        backend = self.processor.tokenizer.backend_tokenizer.to_str()
+        turns = (("What is\nthis?", "A cat"), ("Why?", "It purrs"))
+        probe = self._tokens(Record("probe", turns[:1] if self.template == "plain" else turns), images=1)
+        text = f"{backend}|{self.template}|{probe[0].tolist()}|{probe[1].tolist()}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _tokens(self, record: Record, images: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         try:
             if record.text is not None:
                 encoded = self.processor.encode_text(record.text)
             else:
-                encoded = self.processor.encode_turns(record.turns, len(record.images), self.template)
-            pixels = tuple(self._pixels(image) for image in record.images)
+                count = len(record.images) if images is None else images
+                encoded = self.processor.encode_turns(record.turns, count, self.template)
         except ValueError as problem:
             raise BadSampleError(f"{record.id}: {problem}") from problem
-        example = Example(record.id, np.asarray(encoded["input_ids"]), np.asarray(encoded["labels"]), pixels)
-        return truncate(example, self.max_length, self.processor.image_token_id)
+        return np.asarray(encoded["input_ids"]), np.asarray(encoded["labels"])
 
-    def _pixels(self, image: Path | Image.Image) -> np.ndarray:
+    def _pixels(self, image: Picture) -> np.ndarray:
         """uint8 (3, H, W). A picture that has the encoder's size already (a rendered scene) needs no processing."""
-        height, width = self.processor.image_size
-        if isinstance(image, Image.Image) and image.size == (width, height) and image.mode == "RGB":
-            return np.asarray(image).transpose(2, 0, 1)
+        if isinstance(image, Path):
+            return self.processor.image_pixels(locate(image), self.image_mode)
+        if not isinstance(image, bytes):
+            height, width = self.processor.image_size
+            if image.size == (width, height) and image.mode == "RGB":
+                return np.asarray(image).transpose(2, 0, 1)
         return self.processor.image_pixels(image, self.image_mode)

@@ -1,4 +1,4 @@
-"""Where samples come from: LLaVA files, and the procedural world. Each is a function from an index to a record."""
+"""Where samples come from: LLaVA files, parquet, the procedural world. Each is a function from an index to a record."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-import numpy as np
-
-from vlmamba.data.records import Record, llava_length, llava_record, read_llava
+from vlmamba.data.entries import Entries
+from vlmamba.data.parquet import ParquetRows, is_parquet
+from vlmamba.data.records import Record, llava_record
 from vlmamba.data.sampling import Supply
 from vlmamba.data.scenes import Question, World
 
@@ -30,10 +30,12 @@ class ScenesConfig:
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """A LLaVA JSON file and the folder that its image paths start from."""
+    """Conversations in LLaVA's form."""
 
     file: str = ""
+    """JSON, JSON lines (.jsonl), or parquet with images inside (a file, a folder, or a pattern such as a-*.parquet)."""
     images: str | None = None
+    """The folder that the image paths of JSON start from."""
 
 
 @dataclass(frozen=True)
@@ -48,35 +50,68 @@ class SourceConfig:
 
 
 class Source(Protocol):
-    """A function from an index to a record, the same in every process; `supply` is what the order needs of it."""
+    """A function from an index to a record, the same in every process.
 
-    @property
-    def supply(self) -> Supply: ...
+    Attributes:
+        supply: what the order needs to know of it.
+        name: the file that it reads; of scenes, their name.
+    """
+
+    supply: Supply
+    name: Path
 
     def record(self, index: int) -> Record:
         """Sample `index`; raises `BadSampleError` for one that cannot be used."""
         ...
 
+    def outline(self, index: int) -> Record:
+        """The same, of pictures only their number: enough to know its length."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of what it reads, pictures apart."""
+        ...
+
 
 class LlavaSource:
-    """A LLaVA JSON (or JSON lines) file; images are read when a sample is encoded.
+    """A LLaVA JSON or JSON lines file; entries and images are read when a sample is asked for."""
 
-    Args:
-        image_tokens: positions that an image takes in a sequence, for the table of lengths.
-    """
-
-    def __init__(self, config: LlavaConfig, weight: float = 1.0, image_tokens: int = 0):
-        self.entries = read_llava(config.file)
-        if not self.entries:
+    def __init__(self, config: LlavaConfig, weight: float = 1.0):
+        self.entries, self.name = Entries(config.file), Path(config.file)
+        if not len(self.entries):
             raise ValueError(f"{config.file}: holds no samples")
         self.images = None if config.images is None else Path(config.images)
         if self.images is not None and not self.images.is_dir():
             raise ValueError(f"{self.images}: no such folder of images (for {config.file})")
-        lengths = np.array([llava_length(entry, image_tokens) for entry in self.entries])
-        self.supply = Supply(len(self.entries), weight, lengths=lengths)
+        self.supply = Supply(len(self.entries), weight)
 
     def record(self, index: int) -> Record:
         return llava_record(self.entries[index], index, self.images)
+
+    def outline(self, index: int) -> Record:
+        return self.record(index)
+
+    def fingerprint(self) -> str:
+        return f"{self.entries.fingerprint()} {self.images is None}"
+
+
+class ParquetSource:
+    """Parquet files with conversations and images inside."""
+
+    def __init__(self, config: LlavaConfig, weight: float = 1.0):
+        self.rows, self.name = ParquetRows(config.file), Path(config.file.replace("*", "all"))
+        if not len(self.rows):
+            raise ValueError(f"{config.file}: holds no samples")
+        self.supply = Supply(len(self.rows), weight, blocks=self.rows.sizes, span=self.rows.span)
+
+    def record(self, index: int) -> Record:
+        return self.rows.record(index)
+
+    def outline(self, index: int) -> Record:
+        return self.rows.record(index, pictures=False)
+
+    def fingerprint(self) -> str:
+        return self.rows.fingerprint()
 
 
 class ScenesSource:
@@ -86,6 +121,7 @@ class ScenesSource:
         self.config = config
         self.world = World(config.seed, config.split, questions=config.questions, kinds=config.kinds)
         self.supply = Supply(size, weight, endless=True)
+        self.name = Path(f"scenes-{config.seed}-{config.split}")
 
     def record(self, index: int) -> Record:
         name = f"scene-{self.config.seed}-{self.config.split}-{index}"
@@ -99,6 +135,12 @@ class ScenesSource:
             turns = (("", scene.caption if what == "caption" else scene.description),)
         return Record(id=name, turns=turns, images=(scene.image,) if self.config.pictures else ())
 
+    def outline(self, index: int) -> Record:
+        return self.record(index)
+
+    def fingerprint(self) -> str:
+        return f"{self.config}"
+
 
 def _as_asked(question: Question, number: int) -> str:
     """The question in one of the ways that people write it: every second one begins with a capital, every fourth
@@ -107,9 +149,11 @@ def _as_asked(question: Question, number: int) -> str:
     return text if number // 4 % 2 else text[0].upper() + text[1:]
 
 
-def open_source(config: SourceConfig, image_tokens: int = 0) -> Source:
+def open_source(config: SourceConfig) -> Source:
     """The source that a configuration names."""
     if config.scenes is not None:
         return ScenesSource(config.scenes, config.size, config.weight)
     assert config.llava is not None
-    return LlavaSource(config.llava, config.weight, image_tokens)
+    if is_parquet(config.llava.file):
+        return ParquetSource(config.llava, config.weight)
+    return LlavaSource(config.llava, config.weight)

@@ -86,7 +86,9 @@ class OptimConfig:
     grad_clip: float = 1.0
     max_length: int = 2048
     pack: bool = False
-    """Several samples to a row of `max_length`, state and convolution reset between them."""
+    """Several samples to a row, state and convolution reset between them."""
+    pack_into: int | None = None
+    """Tokens of such a row; None: `max_length`. Longer rows have less padding and there are fewer of them."""
     group_by_length: bool = False
     bf16: bool = True
     """bf16 autocast on CUDA; parameters, gradients and moments stay fp32. The CPU always computes in fp32."""
@@ -175,6 +177,10 @@ def _check_run(config: RunConfig) -> None:
         f"optim.micro_batch: {optim.micro_batch} does not divide optim.global_batch {optim.global_batch}",
     )
     require(optim.max_length >= 2, f"optim.max_length: is {optim.max_length}; it must be at least 2")
+    require(
+        optim.pack_into is None or (optim.pack and optim.pack_into >= optim.max_length),
+        f"optim.pack_into: is {optim.pack_into}; it needs pack: true, and at least max_length ({optim.max_length})",
+    )
     steps = optim.max_steps
     require(steps is None or steps > 0, f"optim.max_steps: is {steps}; it must be positive")
     require(optim.epochs > 0, f"optim.epochs: is {optim.epochs}; it must be positive")

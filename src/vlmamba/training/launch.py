@@ -26,9 +26,7 @@ from torch import nn
 
 import vlmamba
 from vlmamba.data.encoding import Encoder
-from vlmamba.data.loading import Feed, MicroBatches
-from vlmamba.data.sampling import Order
-from vlmamba.data.sources import open_source
+from vlmamba.data.loading import Feed, open_feed
 from vlmamba.models.processor import VLMambaProcessor
 from vlmamba.training import build
 from vlmamba.training.card import write_card
@@ -113,13 +111,18 @@ def prepare(model: nn.Module, config: RunConfig, device: torch.device) -> None:
 def make_feed(config: RunConfig, processor: VLMambaProcessor, device: torch.device) -> Feed:
     """The run's data, in order."""
     optim = config.optim
-    sources = [open_source(source, processor.num_image_tokens) for source in config.data]
-    order = Order([s.supply for s in sources], optim.global_batch, config.seed, optim.group_by_length)
-    encoder = Encoder(processor, config.stage.template, config.stage.image_mode, optim.max_length)
-    pad_id = processor.tokenizer.pad_token_id
-    data = MicroBatches(sources, encoder, pad_id, optim.max_length if optim.pack else None)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are processes already
-    return Feed(data, order, optim.micro_batch, config.workers, pinned=device.type == "cuda")
+    return open_feed(
+        config.data,
+        Encoder(processor, config.stage.template, config.stage.image_mode, optim.max_length),
+        batch=optim.global_batch,
+        micro_batch=optim.micro_batch,
+        seed=config.seed,
+        pack_into=(optim.pack_into or optim.max_length) if optim.pack else None,
+        group_by_length=optim.group_by_length,
+        workers=config.workers,
+        pinned=device.type == "cuda",
+        cache=Path(config.output),
+    )
 
 
 def summary(model: nn.Module, config: RunConfig, trainer: Trainer, device: torch.device) -> Iterator[str]:
@@ -131,6 +134,7 @@ def summary(model: nn.Module, config: RunConfig, trainer: Trainer, device: torch
         if size:
             lr = getattr(config.stage, part).lr
             yield f"{part}: {size / 1e6:.2f}M parameters, {f'learning rate {lr:g}' if lr else 'frozen'}"
+    yield trainer.feed.describe()
     optim = config.optim
     budget = "" if optim.time_budget is None else f" or {optim.time_budget:g} minutes"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -55,7 +55,7 @@ class Trainer:
     def __init__(self, config: RunConfig, step: Step, feed: Feed, folder: Path, logger: Logger):
         self.config, self.step, self.feed, self.folder, self.logger = config, step, feed, folder, logger
         self.progress = checkpoint.Progress()
-        self.total_steps = config.optim.max_steps or max(1, round(feed.order.steps_per_epoch * config.optim.epochs))
+        self.total_steps = config.optim.max_steps or feed.order.steps(config.optim.epochs)
         self._stop = threading.Event()
         self._unchecked: tuple[int, StepResult, list[Batch]] | None = None
 
