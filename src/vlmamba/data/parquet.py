@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import OrderedDict
 from glob import glob
 from pathlib import Path
@@ -30,14 +31,14 @@ class ParquetRows:
     def __init__(self, pattern: str | Path):
         arrow = _arrow()
         self.files = _matching(str(pattern))
-        self._open: dict[Path, Any] = {}
+        self._open: tuple[int, Path, Any] | None = None  # of which process, which file
         self._groups: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()  # by number, the last one used at the end
         self._texts: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
         places, sizes, weights = [], [], []
         for file in self.files:
             try:
-                data = arrow.ParquetFile(file).metadata
-            except (arrow.lib.ArrowInvalid, OSError) as error:
+                data = arrow.parquet.ParquetFile(file).metadata
+            except (arrow.ArrowException, OSError) as error:
                 raise ValueError(f"{file}: is not a parquet file that can be read: {error}") from None
             for group in range(data.num_row_groups):
                 places.append((file, group))
@@ -46,7 +47,9 @@ class ParquetRows:
         self._places, self.sizes = places, tuple(sizes)
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self.span = max(1, int(MEMORY / max(1.0, float(np.mean(weights or [1])))))
-        self._image, self._talk, self._named = _columns(arrow.ParquetFile(self.files[0]).schema_arrow, self.files[0])
+        self._image, self._talk, self._named = _columns(
+            arrow.parquet.ParquetFile(self.files[0]).schema_arrow, self.files[0]
+        )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -88,24 +91,23 @@ class ParquetRows:
     def _read(self, number: int, pictures: bool) -> list[dict[str, Any]]:
         file, group = self._places[number]
         arrow = _arrow()
-        if file not in self._open:
-            self._open = {file: arrow.ParquetFile(file)}
+        if self._open is None or self._open[:2] != (os.getpid(), file):
+            self._open = (os.getpid(), file, arrow.parquet.ParquetFile(file))
+        opened = self._open[2]
         columns = [self._talk, *(["id"] if self._named else []), *([self._image] if self._image else [])]
         if not pictures and self._image:  # of a picture's struct the path says whether it is there
-            leaf = [name for name in self._leaves(file) if name.startswith(self._image + ".") and name.endswith("path")]
+            leaf = [
+                name for name in _leaves(opened.schema) if name.startswith(self._image + ".") and name.endswith("path")
+            ]
             columns = [*columns[:-1], *(leaf or [self._image])]
         try:
-            return list(self._open[file].read_row_group(group, columns=columns, use_threads=False).to_pylist())
-        except (arrow.lib.ArrowException, OSError) as error:
+            return list(opened.read_row_group(group, columns=columns, use_threads=False).to_pylist())
+        except (arrow.ArrowException, OSError) as error:
             raise BadSampleError(f"row group {group} of {file} is damaged: {error}") from None
-
-    def _leaves(self, file: Path) -> list[str]:
-        schema = self._open[file].schema
-        return [schema.column(i).path for i in range(len(schema))]
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files and what was read from them stay in their process.
-        return self.__dict__ | {"_open": {}, "_groups": OrderedDict(), "_texts": OrderedDict()}
+        return self.__dict__ | {"_open": None, "_groups": OrderedDict(), "_texts": OrderedDict()}
 
 
 def is_parquet(name: str) -> bool:
@@ -115,10 +117,11 @@ def is_parquet(name: str) -> bool:
 
 def _arrow() -> Any:
     try:
+        import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise ValueError("parquet files need pyarrow: pip install 'vlmamba[parquet]'") from None
-    return pyarrow.parquet
+    return pyarrow
 
 
 def _matching(pattern: str) -> list[Path]:
@@ -132,9 +135,8 @@ def _stored(group: Any, column: int) -> int:
     return int(group.column(column).total_compressed_size)
 
 
-def _columns(schema: Any, file: Path) -> tuple[str | None, str, bool]:
+def _columns(names: list[str], file: Path) -> tuple[str | None, str, bool]:
     """The columns of pictures and of talk, and whether rows have an id."""
-    names = list(schema.names)
     talk = next((name for name in ("conversations", "messages", "texts") if name in names), None)
     if talk is None:
         raise ValueError(f"{file}: has columns {', '.join(names)}; expected conversations, messages or texts")
