@@ -47,9 +47,8 @@ class ParquetRows:
         self._places, self.sizes = places, tuple(sizes)
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self.span = max(1, int(MEMORY / max(1.0, float(np.mean(weights or [1])))))
-        self._image, self._talk, self._named = _columns(
-            arrow.parquet.ParquetFile(self.files[0]).schema_arrow, self.files[0]
-        )
+        schema = arrow.parquet.ParquetFile(self.files[0]).schema_arrow
+        self._image, self._talk, self._named = _columns(list(schema.names), self.files[0])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -96,9 +95,8 @@ class ParquetRows:
         opened = self._open[2]
         columns = [self._talk, *(["id"] if self._named else []), *([self._image] if self._image else [])]
         if not pictures and self._image:  # of a picture's struct the path says whether it is there
-            leaf = [
-                name for name in _leaves(opened.schema) if name.startswith(self._image + ".") and name.endswith("path")
-            ]
+            leaves = [opened.schema.column(i).path for i in range(len(opened.schema))]
+            leaf = [name for name in leaves if name.startswith(self._image + ".") and name.endswith("path")]
             columns = [*columns[:-1], *(leaf or [self._image])]
         try:
             return list(opened.read_row_group(group, columns=columns, use_threads=False).to_pylist())
