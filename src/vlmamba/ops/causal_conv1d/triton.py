@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from vlmamba.ops.causal_conv1d.device import backward_kernel, forward_kernel
+from vlmamba.ops.causal_conv1d.triton_kernels import backward_kernel, forward_kernel
 from vlmamba.ops.selective_scan.triton import check, row_major, valid_lengths
 
 CHUNK = 64  # steps that one program walks

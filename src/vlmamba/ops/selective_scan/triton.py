@@ -20,7 +20,12 @@ import torch
 import triton
 from torch import Tensor
 
-from vlmamba.ops.selective_scan.device import backward_kernel, forward_kernel, segment_grad_kernel, segment_kernel
+from vlmamba.ops.selective_scan.triton_kernels import (
+    backward_kernel,
+    forward_kernel,
+    segment_grad_kernel,
+    segment_kernel,
+)
 
 T = 4  # steps done together in forward: their loads are in flight while the steps before are computed
 T_BACK = 2  # the same in backward, which holds the states of these steps in registers: 4 of them spill

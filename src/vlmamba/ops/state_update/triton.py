@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from vlmamba.ops.selective_scan.triton import check, row_major
-from vlmamba.ops.state_update.device import conv_kernel, scan_kernel
+from vlmamba.ops.state_update.triton_kernels import conv_kernel, scan_kernel
 
 
 def forward(
