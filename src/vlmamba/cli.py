@@ -1,4 +1,4 @@
-"""The command line: `vlmamba ask`, `chat`, `train`, `data scenes`, `eval`, `score`, `report`, `info`, `verify`.
+"""The command line: `vlmamba ask`, `chat`, `train`, `data scenes|check`, `eval`, `score`, `report`, `info`, `verify`.
 
 The composition root: it alone knows every part of the package. Nothing heavy is imported before a command is known, so
 that `vlmamba --help` answers at once.
@@ -18,6 +18,7 @@ _HOMES = {
     "chat": ("talk", "chat"),
     "train": ("learn", "train"),
     "data scenes": ("learn", "scenes"),
+    "data check": ("inspect_data", "check"),
     "eval": ("evaluate", "evaluate"),
     "score": ("evaluate", "score"),
     "report": ("evaluate", "report"),
@@ -93,11 +94,13 @@ def build_parser() -> Any:
     commands.add_subcommand("ask", _ask(), help="answer a question about an image")
     commands.add_subcommand("chat", _chat(), help="talk about images; the model's state is kept between turns")
     commands.add_subcommand("train", _train(), help="run a recipe, or a pipeline of recipes such as nano")
-    data = ArgumentParser(exit_on_error=False, description="Make data.")
-    commands.add_subcommand("data", data, help="make data: vlmamba data scenes")
-    data.add_subcommands(dest="command", required=True, metavar="COMMAND").add_subcommand(
+    data = ArgumentParser(exit_on_error=False, description="Make data, and look at data.")
+    commands.add_subcommand("data", data, help="make and check data: vlmamba data scenes, vlmamba data check")
+    data_commands = data.add_subcommands(dest="command", required=True, metavar="COMMAND")
+    data_commands.add_subcommand(
         "scenes", _scenes(), help="draw scenes of the procedural world and write them as LLaVA and benchmark files"
     )
+    data_commands.add_subcommand("check", _check(), help="what is missing, broken or surplus in a training file")
     commands.add_subcommand("eval", _eval(), help="answer the eight benchmarks, or your own questions, and score them")
     commands.add_subcommand("score", _score(), help="score anybody's answers to a benchmark")
     commands.add_subcommand("report", _report(), help="an evaluation as one HTML page, alone or beside another")
@@ -158,6 +161,19 @@ def _scenes() -> Any:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=128, help="side of the pictures, in pixels")
     parser.add_argument("--split", type=str, default=None, help="train, test or held-out; default: by the kind")
+    return parser
+
+
+def _check() -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, description="Look at a training file and its pictures before a run.")
+    parser.add_argument("file", type=str, help="LLaVA JSON, JSON lines (.jsonl), or parquet (a file or a folder)")
+    parser.add_argument("--images", type=str, default=None, help="the folder that the image paths of JSON start from")
+    parser.add_argument("--report", type=str, default=None, help="write all that was found to this JSON file")
+    parser.add_argument("--workers", type=int, default=0, help="processes; 0: two per core")
+    parser.add_argument("--decode", type=bool, default=False, help="true: decode every picture, not only its header")
+    parser.add_argument("--max-bad-share", type=float, default=0.01, help="share of samples that a run may leave out")
     return parser
 
 

@@ -54,7 +54,7 @@ def test_processes_measure_the_same(tmp_path: Path, encoder: Encoder, monkeypatc
     (tmp_path / "a.json").write_text(json.dumps(entries))
     source = LlavaSource(LlavaConfig(str(tmp_path / "a.json")))
     alone = measure(source, encoder)
-    monkeypatch.setattr(lengths, "_FEW", 10)
+    monkeypatch.setattr(lengths, "_CHUNK", 50)
     together = measure(source, encoder, workers=2)
     assert "600 samples measured" in capsys.readouterr().err
     assert np.array_equal(alone.lengths, together.lengths)

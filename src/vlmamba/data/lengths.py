@@ -7,24 +7,23 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from vlmamba.data.encoding import Encoder
-from vlmamba.data.processes import context, cores, progress
+from vlmamba.data.processes import in_parallel
 from vlmamba.data.records import BadSampleError
 from vlmamba.data.sampling import Supply
 from vlmamba.data.sources import Source
 
 RULES = 1
 """Counts up whenever the same file, tokenizer and template come to give other lengths."""
-_CHUNK = 256
-_FEW = 2000  # samples that are measured sooner than processes are started
+_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -101,30 +100,13 @@ def measure(source: Source, encoder: Encoder, workers: int = 0) -> LengthTable:
     """Tokenises every sample of a source, in parallel, with a progress bar on a terminal."""
     size, started = source.supply.size, time.perf_counter()
     chunks = [range(start, min(start + _CHUNK, size)) for start in range(0, size, _CHUNK)]
-    if size <= _FEW:
-        parts = [_measure_chunk(source, encoder, chunk) for chunk in chunks]
-    else:
-        processes = workers or cores()
-        with ProcessPoolExecutor(processes, context(), _prepare, (source, encoder)) as pool:
-            parts = list(progress(pool.map(_measure_here, chunks), len(chunks), f"measuring {source.name.name}"))
+    look = partial(_measure_chunk, source, encoder)
+    parts = list(in_parallel(look, chunks, f"measuring {source.name.name}", workers))
+    if len(chunks) > 1:
         seconds = time.perf_counter() - started
         print(f"{source.name}: {size:,} samples measured in {seconds:.0f} s", file=sys.stderr, flush=True)
     lengths, least = np.concatenate(parts, axis=1).astype(np.int32)
     return LengthTable(lengths, least)
-
-
-_given: tuple[Source, Encoder] | None = None  # what a measuring process works on
-
-
-def _prepare(source: Source, encoder: Encoder) -> None:
-    global _given
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _given = source, encoder
-
-
-def _measure_here(chunk: Sequence[int]) -> np.ndarray:
-    assert _given is not None
-    return _measure_chunk(*_given, chunk)
 
 
 def _measure_chunk(source: Source, encoder: Encoder, chunk: Iterable[int]) -> np.ndarray:

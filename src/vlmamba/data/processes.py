@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -21,8 +22,35 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """Passes the items on, with a bar on stderr where that is a terminal."""
+def in_parallel(function: Callable[[Any], T], chunks: Sequence[Any], what: str, workers: int = 0) -> Iterator[T]:
+    """`function` of every chunk, in their order, with a bar on stderr where that is a terminal.
+
+    Args:
+        function: travels to each process once, so it may hold much.
+        workers: processes; 0 takes one per core, and a single chunk needs none.
+    """
+    if len(chunks) <= 1:
+        yield from map(function, chunks)
+        return
+    with ProcessPoolExecutor(workers or cores(), context(), _prepare, (function,)) as pool:
+        yield from _progress(pool.map(_call, chunks), len(chunks), what)
+
+
+_function: Callable[[Any], Any] | None = None  # of this worker process
+
+
+def _prepare(function: Callable[[Any], Any]) -> None:
+    global _function
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _function = function
+
+
+def _call(chunk: Any) -> Any:
+    assert _function is not None
+    return _function(chunk)
+
+
+def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     from rich.console import Console
     from rich.progress import track
 

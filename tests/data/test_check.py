@@ -1,0 +1,148 @@
+"""`vlmamba data check`: what it finds in a dirty file, and what it says of LLaVA's own."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from dirt import GOOD, talk
+from PIL import Image
+
+from vlmamba.cli import main
+from vlmamba.data import check as module
+from vlmamba.data.check import check, tell
+from vlmamba.data.places import MIX_665K, place_of
+from vlmamba.data.records import BadSampleError
+from vlmamba.data.sources import LlavaConfig, LlavaSource
+
+
+@pytest.mark.parametrize("chunk", [512, 3])
+def test_a_dirty_file(dirty: Path, monkeypatch, chunk: int) -> None:
+    monkeypatch.setattr(module, "_CHUNK", chunk)  # 3: with worker processes
+    report = check(str(dirty / "data.json"), str(dirty), workers=2)
+    assert report.samples == 20
+    assert set(report.unusable) == set(range(len(GOOD), 20))
+    coco, ocr = report.parts["coco"], report.parts["ocr"]
+    assert coco.missing == ["coco/nowhere.jpg"]
+    assert set(coco.broken) == {"coco/cut.jpg", "coco/page.jpg", "coco/zero.jpg"}
+    assert "truncated" in coco.broken["coco/cut.jpg"]
+    assert (coco.referenced, coco.found, coco.surplus) == (6, 2, 1)
+    assert coco.surplus_bytes == (dirty / "coco/surplus.jpg").stat().st_size
+    assert (ocr.referenced, ocr.found, ocr.renamed, ocr.disguised, ocr.surplus) == (2, 2, 1, 1, 0)
+    assert report.kinds["an empty answer"] == 2
+    assert report.kinds["first turn not human"] == 1
+    assert report.kinds["with several images"] == 1
+    assert report.kinds["<image> in a later turn"] == 2
+    assert report.kinds["<image> not at the front"] == 3
+    assert report.milliseconds is not None
+    text = "\n".join(tell(report, 0.01))
+    assert "10 samples cannot be used (50.00%; a run allows 1.00%): TOO MANY" in text
+    assert "coco/: 2 of 6 pictures" in text
+    assert "1  missing, such as coco/nowhere.jpg" in text
+
+
+def test_what_it_calls_unusable_is_what_a_run_leaves_out(dirty: Path, encoder) -> None:
+    source = LlavaSource(LlavaConfig(str(dirty / "data.json"), str(dirty)))
+    left_out = set()
+    for index in range(source.supply.size):
+        try:
+            encoder(source.record(index))
+        except BadSampleError:
+            left_out.add(index)
+    assert set(check(str(dirty / "data.json"), str(dirty)).unusable) == left_out
+
+
+def save(folder: Path, name: str, content: bytes) -> str:
+    (folder / name).write_bytes(content)
+    return name
+
+
+def encoded(kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise((64, 48), 80).convert("RGB").save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP"])
+def test_every_cut_is_found_by_the_end_of_the_file_alone(tmp_path: Path, kind: str) -> None:
+    whole = encoded(kind)
+    suffix = kind.lower()
+    names = [save(tmp_path, f"whole.{suffix}", whole), save(tmp_path, f"more.{suffix}", whole + bytes(100))]
+    names += [save(tmp_path, f"{cut}.{suffix}", whole[: len(whole) * cut // 10]) for cut in (9, 5, 1)]
+    turns = talk("<image>What?", "This")
+    (tmp_path / "a.json").write_text(json.dumps([{"image": name, "conversations": turns} for name in names]))
+    report = check(str(tmp_path / "a.json"), str(tmp_path))
+    assert set(report.unusable) == {2, 3, 4}
+    assert set(check(str(tmp_path / "a.json"), str(tmp_path), decode=True).unusable) == {2, 3, 4}
+
+
+def test_damage_inside_is_found_by_decoding(tmp_path: Path) -> None:
+    whole = bytearray(encoded("PNG"))
+    whole[len(whole) // 2] ^= 255
+    (tmp_path / "a.json").write_text(
+        json.dumps([{"image": save(tmp_path, "a.png", bytes(whole)), "conversations": talk("<image>What?", "This")}])
+    )
+    assert not check(str(tmp_path / "a.json"), str(tmp_path)).unusable
+    assert check(str(tmp_path / "a.json"), str(tmp_path), decode=True).unusable
+
+
+def test_llava_s_mix_says_where_its_parts_are(tmp_path: Path, capsys) -> None:
+    images = [f"{place.folder}/{number}.jpg" for place in MIX_665K for number in (1, 2)]
+    entries = [{"id": "same", "image": image, "conversations": talk("<image>What?", "This")} for image in images]
+    file = tmp_path / "llava_v1_5_mix665k.json"
+    file.write_text(json.dumps(entries))
+    (tmp_path / "coco/train2017").mkdir(parents=True)
+    (tmp_path / images[0]).write_bytes(encoded("JPEG"))
+    assert main(["data", "check", str(file), "--images", str(tmp_path), "--report", str(tmp_path / "r.json")]) == 1
+    said = capsys.readouterr().out
+    for place in MIX_665K:
+        assert place.archive in said
+        assert place.page in said
+    assert "coco/train2017/: 1 of 2 pictures" in said
+    assert "to download: 67.9 GB; room for 136 GB" in said
+    assert "19.3 GB, 0.4 h at 100 Mbit/s" in said
+    stored = json.loads((tmp_path / "r.json").read_text())
+    assert stored["samples"] == 12
+    assert len(stored["unusable"]) == 11
+    assert stored["parts"]["vg/VG_100K_2"]["missing"] == ["vg/VG_100K_2/1.jpg", "vg/VG_100K_2/2.jpg"]
+    assert stored["kinds"]["with one image"] == 12
+
+
+def test_pretraining_pictures_have_one_place() -> None:
+    place = place_of("00453", "blip_laion_cc_sbu_558k.json")
+    assert place is not None
+    assert "LLaVA-Pretrain" in place.archive
+    assert place_of("mine", "my.json") is None
+
+
+def test_a_clean_file_passes(tmp_path: Path, capsys) -> None:
+    entries = [{"conversations": talk("Hi", "Hello")}, {"image": "a.jpg", "conversations": talk("<image>Hi", "Hello")}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    (tmp_path / "a.jpg").write_bytes(encoded("JPEG"))
+    assert main(["data", "check", str(tmp_path / "a.jsonl"), "--images", str(tmp_path)]) == 0
+    assert "0 samples cannot be used" in capsys.readouterr().out
+    assert main(["data", "check", str(tmp_path / "a.jsonl")]) == 0
+    assert "pictures were not looked at" in capsys.readouterr().out
+
+
+def test_mistakes(tmp_path: Path, capsys) -> None:
+    assert main(["data", "check", str(tmp_path / "llava_v1_5_mix665k.json")]) == 2
+    assert "huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K" in capsys.readouterr().err
+    (tmp_path / "a.json").write_text("[]")
+    assert main(["data", "check", str(tmp_path / "a.json"), "--images", str(tmp_path / "none")]) == 2
+    assert "no such folder of images" in capsys.readouterr().err
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {"id": str(i), "image": {"bytes": content, "path": None}, "conversations": talk("<image>What?", "This")}
+        for i, content in enumerate([encoded("JPEG"), b"none", encoded("PNG")[:200]])
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=2)
+    report = check(str(tmp_path), None)
+    assert report.samples == 3
+    assert set(report.unusable) == {1, 2}
