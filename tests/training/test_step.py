@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlmamba.training import build
-from vlmamba.training.launch import make_feed, prepare
-from vlmamba.training.optimizer import freeze, is_decayed, make_optimizer, parameter_groups, part_of, rate_at
+from vlmamba.training import build, launch
+from vlmamba.training.launch import make_feed
+from vlmamba.training.optimizer import freeze, is_decayed, parameter_groups, part_of, rate_at
 from vlmamba.training.step import Step
 
 CPU = torch.device("cpu")
@@ -17,12 +17,9 @@ def make_step(config, seed: int = 0) -> tuple[Step, list]:
     """A step over a fresh model, and the run's first batch."""
     torch.manual_seed(seed)
     model, processor = build.build(config.model, config.stage.image_mode)
-    freeze(model, config.stage)
-    prepare(model, config, CPU)
-    optimizer = make_optimizer(parameter_groups(model, config.stage), config.optim, CPU)
-    for group in optimizer.param_groups:
+    step = launch.make_step(model, processor, config, CPU)
+    for group in step.optimizer.param_groups:
         group["lr"] = group["peak_lr"]
-    step = Step(model, optimizer, CPU, processor.normalise, config.optim.grad_clip, config.optim.bf16)
     return step, next(make_feed(config, processor, CPU).batches())
 
 
@@ -49,7 +46,7 @@ def test_packing_changes_nothing(recipe) -> None:
 
 def same_step(whole: Step, batch: list, cut: Step, pieces: list) -> None:
     one, other = whole(batch), cut(pieces)
-    assert one.labels == other.labels
+    assert one.tally.labels == other.tally.labels
     assert other.read() == pytest.approx(one.read(), rel=1e-5)
     for (name, a), b in zip(whole.model.named_parameters(), cut.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)

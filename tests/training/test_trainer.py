@@ -17,7 +17,7 @@ from vlmamba.training import checkpoint, run
 from vlmamba.training.config import ConfigError
 from vlmamba.training.metrics import read_metrics
 from vlmamba.training.step import Step
-from vlmamba.training.trainer import INTERRUPTED, BadDataError, Interrupted, NonFiniteError
+from vlmamba.training.trainer import INTERRUPTED, BadDataError, Interrupted, NonFiniteError, SpikeError
 
 
 def losses(folder: str) -> list[tuple[float, float]]:
@@ -28,8 +28,8 @@ def after(monkeypatch, step: int, action) -> None:
     """Does `action` once, right after step number `step` of the sitting."""
     original, count = Step.__call__, iter(range(1, 1000))
 
-    def call(self, micro_batches):
-        result = original(self, micro_batches)
+    def call(self, *arguments):
+        result = original(self, *arguments)
         if next(count) == step:
             action()
         return result
@@ -85,23 +85,23 @@ def test_torn_checkpoints_are_passed_over(recipe, tmp_path, capsys) -> None:
     folder = tmp_path / "run/checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-000004", "step-000006"]
     assert (folder / "latest").read_text() == "step-000006"
-    data = (folder / "step-000006/optimizer.pt").read_bytes()
-    (folder / "step-000006/optimizer.pt").write_bytes(data[:-1] + b"x")
+    data = (folder / "step-000006/__0_0.distcp").read_bytes()
+    (folder / "step-000006/__0_0.distcp").write_bytes(data[:-1] + b"x")
     assert checkpoint.find_latest(folder) == folder / "step-000004"
-    assert "optimizer.pt is damaged" in capsys.readouterr().out
+    assert "__0_0.distcp is damaged" in capsys.readouterr().out
     (folder / "step-000004/manifest.json").unlink()
     assert checkpoint.find_latest(folder) is None
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(recipe, tmp_path, monkeypatch) -> None:
-    original = checkpoint.save_file
+    original = checkpoint.dcp.save
 
-    def save_file(tensors, file) -> None:
-        if "000004" in str(file):
+    def save(tensors, checkpoint_id, **options) -> None:
+        if "000004" in str(checkpoint_id):
             raise OSError(28, "No space left on device")
-        original(tensors, file)
+        original(tensors, checkpoint_id=checkpoint_id, **options)
 
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr(checkpoint.dcp, "save", save)
     with pytest.raises(checkpoint.CheckpointError, match="No space left"):
         run(recipe())
     folder = tmp_path / "run/checkpoints"
@@ -124,6 +124,18 @@ def test_nan_stops_with_the_batch(recipe, tmp_path, monkeypatch) -> None:
     assert any("s7" in batch["ids"] for batch in batches)
 
 
+def test_a_spike_stops_with_the_batch(recipe, tmp_path, monkeypatch) -> None:
+    original, steps = Step._accumulate, iter(range(1000))
+
+    def accumulate(self, batch, labels):
+        return original(self, batch, labels) * (1 if next(steps) < 58 else 1e3)
+
+    monkeypatch.setattr(Step, "_accumulate", accumulate)
+    with pytest.raises(SpikeError, match=r"step 59: .* was usual \(optim\.spike\)"):
+        run(recipe(optim={"max_steps": 70, "micro_batch": 4}, checkpoint={"every": 100}, logging={"every": 100}))
+    assert (tmp_path / "run/spike-step-59.pt").is_file()
+
+
 def test_result_loads_and_card_says_how(recipe, tmp_path) -> None:
     folder = run(recipe())
     model = VLMambaForConditionalGeneration.from_pretrained(folder)
@@ -139,7 +151,7 @@ def test_result_loads_and_card_says_how(recipe, tmp_path) -> None:
 
 def test_finished_run_is_left_alone(recipe, monkeypatch, capsys) -> None:
     folder = run(recipe())
-    monkeypatch.setattr(Step, "__call__", lambda self, batches: pytest.fail("trained again"))
+    monkeypatch.setattr(Step, "__call__", lambda *_: pytest.fail("trained again"))
     assert run(recipe(workers=3, logging={"every": 5})) == folder
     assert "finished already" in capsys.readouterr().out
 

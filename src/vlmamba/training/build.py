@@ -95,9 +95,9 @@ def build(config: ModelConfig, image_mode: str) -> tuple[Model, VLMambaProcessor
     return model, processor
 
 
-def save(model: Model, processor: VLMambaProcessor, folder: Path) -> None:
-    """Model and processor in one folder, as `from_pretrained` loads them."""
-    model.save_pretrained(folder)
+def save(model: Model, processor: VLMambaProcessor, folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """Model and processor in one folder, as `from_pretrained` loads them; `state` holds the weights, by name."""
+    model.save_pretrained(folder, state_dict=state)
     if isinstance(model, VLMambaForConditionalGeneration):
         processor.save_pretrained(folder)
     else:

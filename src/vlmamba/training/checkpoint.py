@@ -1,9 +1,11 @@
 """Checkpoints that are complete or not there: written aside, synced, hashed, renamed, and only then pointed at.
 
-    checkpoints/step-000200/{model.safetensors, optimizer.pt, state.json, manifest.json}
+    checkpoints/step-000200/{__0_0.distcp, ..., .metadata, random.json, state.json, manifest.json}
     checkpoints/latest        the name of the newest one
 
-Only trained parameters are kept: frozen ones are read from where the recipe says.
+Tensors are in the format of `torch.distributed.checkpoint`, so that any number of processes can go on from what any
+other number wrote. Writing happens in the background, from a copy. Only trained parameters are kept: frozen ones are
+read from where the recipe says.
 """
 
 from __future__ import annotations
@@ -13,18 +15,23 @@ import json
 import os
 import random
 import shutil
-from dataclasses import asdict, dataclass
+import threading
+import warnings
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from vlmamba.training.parallel import World
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+_SCRATCH = ".writing-"
 
 
 @dataclass
@@ -48,34 +55,134 @@ class CheckpointError(OSError):
     """A checkpoint could not be written; the ones before it are untouched."""
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int) -> Path:
-    """Writes the complete state of a run and removes all but the newest `keep` checkpoints.
+class Checkpoints:
+    """The checkpoints of a run, in a folder.
 
-    Raises:
-        CheckpointError: the disk is full, or the like.
+    Args:
+        keep: how many of the newest stay.
+        sharded: whether each process holds a part of the tensors (FSDP). Otherwise all hold the same and the main one
+            writes.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{progress.step:06d}"
-    scratch = folder / f".writing-{final.name}"
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-        save_file(trained, scratch / "model.safetensors")
-        torch.save({"optimizer": optimizer.state_dict(), "random": random_state()}, scratch / "optimizer.pt")
-        (scratch / "state.json").write_text(json.dumps(asdict(progress)))
-        _seal(scratch)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(scratch, final)
-        _sync(folder)
-        _point(folder, final.name)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise CheckpointError(f"{final} could not be written ({error}); earlier checkpoints are untouched") from error
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
-    return final
+
+    def __init__(self, folder: Path, keep: int, world: World | None = None, sharded: bool = False):
+        self.folder, self.keep, self.world, self.sharded = folder, keep, world or World(), sharded
+        # Its own gloo group: on the default one it would get between the collectives of the training step.
+        self._group = dist.new_group(backend="gloo") if sharded else None
+        # One process alone is no mistake of ours.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        self._writing: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._newest: Path | None = None
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+        """Copies the complete state of the run and begins to write it; returns where it will be.
+
+        Raises:
+            CheckpointError: the one before could not be written: the disk is full, or the like.
+        """
+        self.wait()
+        final = self.folder / f"step-{progress.step:06d}"
+        if final == self._newest:
+            return final
+        scratch = self.folder / f"{_SCRATCH}{final.name}"
+        if self.world.is_main:
+            for stale in self.folder.glob(f"{_SCRATCH}*"):
+                shutil.rmtree(stale, ignore_errors=True)
+        generators = self.world.gather(random_state())  # and nobody goes on before the main process has cleared the way
+        if self.sharded or self.world.is_main:
+            tensors = {name: _copy(tensor) for name, tensor in _tensors(model, optimizer).items()}
+            arguments = (final, scratch, tensors, generators, replace(progress))
+            # Not a daemon: an interpreter that ends waits for what it has begun to write.
+            self._writing = threading.Thread(target=self._write, args=arguments)
+            self._writing.start()
+        self._newest = final
+        return final
+
+    def wait(self) -> None:
+        """Until the last one is on the disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self.settle()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise CheckpointError(
+                f"{self._newest} could not be written ({error}); earlier checkpoints are untouched"
+            ) from error
+
+    def settle(self) -> None:
+        """Until nothing is being written, well or ill."""
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Path, Progress] | None:
+        """Puts the newest whole state back: trained parameters, moments, random number generators."""
+        found = self.world.from_main(lambda: find_latest(self.folder))
+        if found is None:
+            return None
+        _make_moments(optimizer)
+        tensors = _tensors(model, optimizer)
+        reader = dcp.FileSystemReader(found)
+        stored = set(reader.read_metadata().state_dict_metadata)
+        odd = sorted(stored ^ tensors.keys())
+        if odd:
+            raise ValueError(f"{found} was made by another run: {odd[0]} and {len(odd) - 1} more differ")
+        dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=not self.sharded)
+        generators = json.loads((found / "random.json").read_text())
+        if self.world.rank < len(generators):
+            set_random_state(generators[self.world.rank])
+        self._newest = found
+        return found, Progress(**json.loads((found / "state.json").read_text()))
+
+    def _write(self, final: Path, scratch: Path, tensors: dict[str, Tensor], generators: Any, at: Progress) -> None:
+        """In the background; what goes wrong is told by the next `wait`."""
+        try:
+            scratch.mkdir(parents=True, exist_ok=True)
+            dcp.save(tensors, checkpoint_id=scratch, process_group=self._group, no_dist=not self.sharded)
+            if not self.world.is_main:
+                return
+            (scratch / "random.json").write_text(json.dumps(generators))
+            (scratch / "state.json").write_text(json.dumps(asdict(at)))
+            _seal(scratch)
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(scratch, final)
+            _sync(self.folder)
+            _point(self.folder, final.name)
+            for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+                shutil.rmtree(old)
+        except Exception as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            self._error = error
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Trained parameters and their moments by name; the tensors themselves, not copies."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found[f"model.{name}"] = parameter.detach()
+            found |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+    return found
+
+
+def _make_moments(optimizer: torch.optim.Optimizer) -> None:
+    """AdamW's state before its first step, for a checkpoint to be read into."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            device = parameter.device if group.get("fused") else torch.device("cpu")
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+            }
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """On the CPU, and never the tensor itself, which training goes on to change."""
+    return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().to("cpu")
 
 
 def find_latest(folder: Path) -> Path | None:
@@ -103,31 +210,15 @@ def broken(checkpoint: Path) -> str | None:
     return None
 
 
-def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Progress:
-    """Puts the state of a run back: trained parameters, moments, random number generators."""
-    tensors = load_file(checkpoint / "model.safetensors", device=str(device))
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if tensors.keys() != trained.keys():
-        odd = sorted(tensors.keys() ^ trained.keys())
-        raise ValueError(f"{checkpoint} was made by another run: {odd[0]} and {len(odd) - 1} more differ")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(tensors[name])
-    stored = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(stored["optimizer"])
-    set_random_state(stored["random"])
-    return Progress(**json.loads((checkpoint / "state.json").read_text()))
-
-
 def random_state() -> dict[str, Any]:
-    """Of every generator that a run may draw from, as plain tensors and numbers."""
+    """Of every generator that this process may draw from, as plain numbers."""
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, *rest = np.random.get_state()
     return {
         "python": [version, list(numbers), gauss],
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys).copy()), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [str(name), np.asarray(keys).tolist(), *map(float, rest)],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None,
     }
 
 
@@ -135,10 +226,10 @@ def set_random_state(state: dict[str, Any]) -> None:
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy(), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), int(position), int(has_gauss), cached))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
 
 
 def _seal(folder: Path) -> None:

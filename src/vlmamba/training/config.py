@@ -92,8 +92,12 @@ class OptimConfig:
     group_by_length: bool = False
     bf16: bool = True
     """bf16 autocast on CUDA; parameters, gradients and moments stay fp32. The CPU always computes in fp32."""
+    spike: float = 10.0
+    """A loss so many times the median of the 50 steps before stops the run; 0 never does."""
     compile: bool = False
+    """torch.compile of every block."""
     checkpoint_activations: bool = False
+    """Keeps only what stands between blocks, and computes the rest again in the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,8 @@ class RunConfig:
     workers: int = 4
     seed: int = 0
     device: str = "auto"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes (torchrun) share the work: each holds the whole model, or its share of it."""
     max_bad_share: float = 0.01
     """Samples that could not be read are left out and counted; a larger share stops the run."""
 
@@ -175,6 +181,9 @@ def _check_run(config: RunConfig) -> None:
     require(
         optim.micro_batch >= 1 and optim.global_batch % optim.micro_batch == 0,
         f"optim.micro_batch: {optim.micro_batch} does not divide optim.global_batch {optim.global_batch}",
+    )
+    require(
+        optim.spike == 0 or optim.spike > 1, f"optim.spike: is {optim.spike}; it is a factor above 1, or 0 for none"
     )
     require(optim.max_length >= 2, f"optim.max_length: is {optim.max_length}; it must be at least 2")
     require(

@@ -34,10 +34,11 @@ from vlmamba.training.config import PARTS, ConfigError, RunConfig, to_mapping
 from vlmamba.training.curve import draw_curves
 from vlmamba.training.metrics import Logger, read_metrics
 from vlmamba.training.optimizer import MODULES, freeze, make_optimizer, parameter_groups, part_of
+from vlmamba.training.parallel import Parallel, World, full, joined
 from vlmamba.training.step import Step
 from vlmamba.training.trainer import Trainer
 
-_FREE = ("output", "workers", "device", "logging", "checkpoint")
+_FREE = ("output", "workers", "device", "parallel", "logging", "checkpoint")
 """What may differ between the sittings of a run: it does not change what is computed."""
 
 
@@ -51,24 +52,26 @@ def run(config: RunConfig) -> Path:
         Interrupted (a SystemExit): SIGTERM or SIGINT came; the state was saved.
         NonFiniteError, BadDataError, CheckpointError: as they say.
     """
+    with joined(config.device) as world:
+        return _run(config, world)
+
+
+def _run(config: RunConfig, world: World) -> Path:
     folder = Path(config.output)
     result = folder / build.MODEL_FOLDER
-    _claim(folder, config)
-    if result.is_dir():
-        print(f"{folder}: finished already; its model is in {result}", flush=True)
+    world.from_main(lambda: _claim(folder, config))
+    if world.from_main(result.is_dir):
+        if world.is_main:
+            print(f"{folder}: finished already; its model is in {result}", flush=True)
         return result
-    device = pick_device(config.device)
+    device = pick_device(config.device, world)
     _seed(config.seed)
     with build.quiet():
         model, processor = build.build(config.model, config.stage.image_mode)
-    freeze(model, config.stage)
-    prepare(model, config, device)
-    logger = Logger(folder, folder.name, config.logging.tensorboard)
+    step = make_step(model, processor, config, device, world)
+    logger = Logger(folder, folder.name, config.logging.tensorboard, world.is_main)
     try:
-        groups = parameter_groups(model, config.stage)
-        optimizer = make_optimizer(groups, config.optim, device)
-        step = Step(model, optimizer, device, processor.normalise, config.optim.grad_clip, config.optim.bf16)
-        trainer = Trainer(config, step, make_feed(config, processor, device), folder, logger)
+        trainer = Trainer(config, step, make_feed(config, processor, device, world), folder, logger)
         for line in summary(model, config, trainer, device):
             logger.say(line)
         trainer.resume()
@@ -80,10 +83,25 @@ def run(config: RunConfig) -> Path:
     return result
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU."""
+def make_step(
+    model: build.Model, processor: VLMambaProcessor, config: RunConfig, device: torch.device, world: World | None = None
+) -> Step:
+    """What a step of this run is: the model frozen, prepared and put on its device or cut over several."""
+    freeze(model, config.stage)
+    prepare(model, config)
+    bf16 = config.optim.bf16 and device.type == "cuda"
+    parallel = Parallel(model, world or World(), device, config.parallel, bf16)
+    # After cutting: the optimiser holds the shards.
+    optimizer = make_optimizer(parameter_groups(model, config.stage), config.optim, device)
+    return Step(model, optimizer, device, processor.normalise, config.optim.grad_clip, bf16, parallel)
+
+
+def pick_device(name: str, world: World | None = None) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU; of several processes each has a GPU of its own."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world is not None and world.size > 1:
+        name = f"cuda:{world.local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -93,9 +111,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def prepare(model: nn.Module, config: RunConfig, device: torch.device) -> None:
-    """Moves the model to its device in training mode; frozen parts stay in evaluation mode."""
-    model.to(device).train()
+def prepare(model: Any, config: RunConfig) -> None:
+    """Training mode, evaluation mode for frozen parts; activation checkpointing and compilation where asked for."""
+    model.train()
     for part in PARTS:
         module = getattr(model, MODULES[part], None)
         if module is not None and getattr(config.stage, part).lr == 0:
@@ -105,12 +123,15 @@ def prepare(model: nn.Module, config: RunConfig, device: torch.device) -> None:
     if config.optim.checkpoint_activations:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.optim.compile:
-        model.compile()
+        # Block by block: one compilation serves them all, and whatever is put around them later stays outside.
+        for module in model.modules():
+            if type(module).__name__ in model._no_split_modules:
+                module.compile()
 
 
-def make_feed(config: RunConfig, processor: VLMambaProcessor, device: torch.device) -> Feed:
-    """The run's data, in order."""
-    optim = config.optim
+def make_feed(config: RunConfig, processor: VLMambaProcessor, device: torch.device, world: World | None = None) -> Feed:
+    """The run's data, in order; of several processes, this one's share."""
+    optim, world = config.optim, world or World()
     return open_feed(
         config.data,
         Encoder(processor, config.stage.template, config.stage.image_mode, optim.max_length),
@@ -122,6 +143,8 @@ def make_feed(config: RunConfig, processor: VLMambaProcessor, device: torch.devi
         workers=config.workers,
         pinned=device.type == "cuda",
         cache=Path(config.output),
+        rank=world.rank,
+        world=world.size,
     )
 
 
@@ -138,23 +161,33 @@ def summary(model: nn.Module, config: RunConfig, trainer: Trainer, device: torch
     optim = config.optim
     budget = "" if optim.time_budget is None else f" or {optim.time_budget:g} minutes"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    size = trainer.world.size
+    several = f"{size} processes ({config.parallel}), each " if size > 1 else ""
     yield (
         f"{trainer.total_steps} steps{budget} of {optim.global_batch} samples "
-        f"(micro-batches of {optim.micro_batch}) on {name}, {config.workers} loader workers"
+        f"(micro-batches of {optim.micro_batch}) on {several}{name}, {config.workers} loader workers"
     )
 
 
 def _finish(model: Any, processor: VLMambaProcessor, config: RunConfig, trainer: Trainer, result: Path) -> None:
     """Writes the model aside and renames it, so that a result is whole or absent."""
     folder = result.parent
-    lines = read_metrics(trainer.logger.file)
-    draw_curves({folder.name: lines}, folder / "curve.svg")
-    scratch = folder / f".writing-{result.name}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    with build.quiet():
-        build.save(model, processor, scratch)
-    write_card(scratch, model, config, trainer.progress.seconds, lines[-1]["loss"] if lines else None)
-    os.replace(scratch, result)
+    state = whole_state(model)  # all processes together
+    if trainer.world.is_main:
+        lines = read_metrics(trainer.logger.file)
+        draw_curves({folder.name: lines}, folder / "curve.svg")
+        scratch = folder / f".writing-{result.name}"
+        shutil.rmtree(scratch, ignore_errors=True)
+        with build.quiet():
+            build.save(model, processor, scratch, state)
+        write_card(scratch, model, config, trainer.progress.seconds, lines[-1]["loss"] if lines else None)
+        os.replace(scratch, result)
+    trainer.world.sum([0])  # the others wait until it is there
+
+
+def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters, uncut, on the CPU (tied ones once). Buffers are none of a checkpoint's business here."""
+    return {name: full(parameter.detach()).cpu() for name, parameter in model.named_parameters()}
 
 
 def _claim(folder: Path, config: RunConfig) -> None:

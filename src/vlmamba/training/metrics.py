@@ -23,7 +23,7 @@ class Line:
     Attributes:
         loss: token-weighted mean over the interval; grad_norm: mean over its steps, before clipping.
         lr: factor on the peak rates of the recipe, from 0 to 1.
-        tokens_per_second, images_per_second: padding not counted.
+        tokens_per_second, images_per_second: of all processes, padding not counted.
         padding: share of the positions that were padding.
         data_wait: share of the time that the device waited for data.
         step_ms: wall time of a step; memory_gb: peak on the device so far.
@@ -69,10 +69,10 @@ class Interval:
     def line(
         self, step: int, progress: float, lr: float, skipped: int, elapsed: float, eta: float, device: torch.device
     ) -> Line:
-        labels = torch.tensor([r.labels for r in self.results], dtype=torch.float64)
+        labels = torch.tensor([r.tally.labels for r in self.results], dtype=torch.float64)
         losses, norms = torch.tensor([r.read() for r in self.results], dtype=torch.float64).unbind(1)
         seconds = max(time.perf_counter() - self.started, 1e-9)
-        tokens, slots = sum(r.tokens for r in self.results), sum(r.slots for r in self.results)
+        tokens, slots = sum(r.tally.tokens for r in self.results), sum(r.tally.slots for r in self.results)
         return Line(
             step=step,
             progress=progress,
@@ -80,7 +80,7 @@ class Interval:
             lr=lr,
             grad_norm=float(norms.mean()),
             tokens_per_second=tokens / seconds,
-            images_per_second=sum(r.images for r in self.results) / seconds,
+            images_per_second=sum(r.tally.images for r in self.results) / seconds,
             padding=1 - tokens / max(slots, 1),
             data_wait=min(1.0, self.waited / seconds),
             step_ms=1000 * seconds / len(self.results),
@@ -92,27 +92,34 @@ class Interval:
 
 
 class Logger:
-    """Writes log lines to the screen, to `metrics.jsonl` and to TensorBoard; draws the bar on a terminal."""
+    """Writes log lines to the screen, to `metrics.jsonl` and to TensorBoard; draws the bar on a terminal.
 
-    def __init__(self, folder: Path, name: str, tensorboard: bool):
-        self.file = folder / "metrics.jsonl"
+    Args:
+        main: whether this is the process that speaks for all; the others say and write nothing.
+    """
+
+    def __init__(self, folder: Path, name: str, tensorboard: bool, main: bool = True):
+        self.file, self.main = folder / "metrics.jsonl", main
         self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self.bar: Progress | None = None
-        if self.console.is_terminal:
+        if self.console.is_terminal and main:
             columns = (TextColumn(name), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
             self.bar = Progress(*columns, TextColumn("{task.fields[status]}"), console=self.console)
             self.bar.start()
             self.task = self.bar.add_task(name, total=1.0, status="")
-        self.events: Any = _event_writer(folder / "tensorboard") if tensorboard else None
+        self.events: Any = _event_writer(folder / "tensorboard") if tensorboard and main else None
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        if self.main:
+            self.console.print(text, markup=False)
 
     def advance(self, progress: float) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=progress)
 
     def log(self, line: Line) -> None:
+        if not self.main:
+            return
         self.say(str(line))
         with self.file.open("a") as handle:
             handle.write(json.dumps(asdict(line)) + "\n")

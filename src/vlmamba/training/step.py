@@ -7,13 +7,47 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmamba.data.collate import Batch
+from vlmamba.data.collate import NO_LABEL, Batch
+from vlmamba.training.parallel import Parallel, World, full
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a global batch holds, over all processes.
+
+    Attributes:
+        labels: supervised tokens; tokens: all tokens that were read, padding apart; slots: padding included.
+        samples: those that could be used; skipped: those that could not.
+    """
+
+    labels: int
+    tokens: int
+    slots: int
+    images: int
+    samples: int
+    skipped: int
+
+    @classmethod
+    def of(cls, micro_batches: list[Batch], world: World) -> Tally:
+        """Counts this process's micro-batches and adds what the others have; all must count together."""
+        rows = [
+            (
+                batch.num_labels,
+                batch.num_tokens,
+                batch.input_ids.numel(),
+                0 if batch.pixels is None else len(batch.pixels),
+                len(batch.ids),
+                len(batch.skipped),
+            )
+            for batch in micro_batches
+        ]
+        return cls(*map(int, world.sum([sum(column) for column in zip(*rows, strict=True)] if rows else [0] * 6)))
 
 
 @dataclass(frozen=True)
@@ -23,15 +57,12 @@ class StepResult:
     Attributes:
         numbers: (2,) float32 on the CPU, on its way there until `ready`: the loss (token-weighted mean over the global
             batch) and the gradient norm of all trained parameters before clipping. `read` waits for them.
-        labels: supervised tokens; tokens: all tokens that were read, padding apart; slots: padding included.
+        tally: what it was given.
     """
 
     numbers: Tensor
     ready: torch.cuda.Event | None
-    labels: int
-    tokens: int
-    slots: int
-    images: int
+    tally: Tally
 
     def read(self) -> tuple[float, float]:
         """Loss and gradient norm; waits for this step alone, not for what the device was given since."""
@@ -41,16 +72,20 @@ class StepResult:
         return loss, grad_norm
 
 
+_STAND_IN = torch.zeros(1, 2, dtype=torch.int64)
+
+
 class Step:
     """Forward, backward and update.
 
     Accumulation is exact: every micro-batch's summed loss is divided by the labels of the whole global batch, so how
-    a batch is cut makes no difference.
+    a batch is cut, and over how many processes, makes no difference.
 
     Args:
         model: called with input_ids, labels, pixel_values, seq_idx, num_items_in_batch; gives `.loss`.
         normalise: uint8 pixels (I, 3, H, W) on the device to what the vision tower expects.
         bf16: autocast on CUDA; the CPU computes in float32.
+        parallel: the model as this process of several holds it; None: there is one.
     """
 
     def __init__(
@@ -61,38 +96,50 @@ class Step:
         normalise: Callable[[Tensor], Tensor],
         grad_clip: float,
         bf16: bool,
+        parallel: Parallel | None = None,
     ):
         self.model, self.optimizer, self.device = model, optimizer, device
         self.normalise, self.grad_clip = normalise, grad_clip
         self.autocast = bf16 and device.type == "cuda"
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.parallel = parallel or Parallel(model, World(), device)
+        tower = getattr(model, "vision_tower", None)
+        self.image_size: int | None = None if tower is None else tower.image_size
 
-    def __call__(self, micro_batches: list[Batch]) -> StepResult:
-        labels = sum(batch.num_labels for batch in micro_batches)
-        if labels == 0:
+    def count(self, micro_batches: list[Batch]) -> Tally:
+        """What all processes hold of a global batch."""
+        return Tally.of(micro_batches, self.parallel.world)
+
+    def __call__(self, micro_batches: list[Batch], tally: Tally | None = None) -> StepResult:
+        """One step over this process's share of a global batch; `tally` is `count` of it, where it is known."""
+        tally = tally or self.count(micro_batches)
+        if tally.labels == 0:
             raise ValueError("no sample of this batch has anything to learn from; see skipped.jsonl in the run folder")
+        if self.parallel.world.size == 1:
+            micro_batches = [batch for batch in micro_batches if batch.num_labels]
         loss = torch.zeros((), device=self.device)
-        for batch in micro_batches:
-            if batch.num_labels:
-                loss += self._accumulate(batch, labels)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip or torch.inf)
+        for number, batch in enumerate(micro_batches, 1):
+            with self.parallel.accumulating(last=number == len(micro_batches)):
+                loss += self._accumulate(batch, tally.labels)
+        loss = self.parallel.mean(loss)
+        grad_norm = full(torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip or torch.inf))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         numbers, ready = self._send(torch.stack([loss, grad_norm.detach()]))
-        return StepResult(
-            numbers=numbers,
-            ready=ready,
-            labels=labels,
-            tokens=sum(batch.num_tokens for batch in micro_batches),
-            slots=sum(batch.input_ids.numel() for batch in micro_batches),
-            images=sum(len(batch.pixels) for batch in micro_batches if batch.pixels is not None),
-        )
+        return StepResult(numbers=numbers, ready=ready, tally=tally)
 
     def _accumulate(self, batch: Batch, labels: int) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16) if self.autocast else nullcontext():
-            loss = self.model(**self.inputs(batch), num_items_in_batch=labels, use_cache=False).loss
+            loss = self.parallel.loss(self.inputs(batch), labels, self._blank(batch))
         loss.backward()
         return loss.detach()
+
+    def _blank(self, batch: Batch) -> Tensor | None:
+        """Encoder and connector take part in every micro-batch: other processes wait for them, and a stage that trains
+        the connector alone would have nothing to derive."""
+        if self.image_size is None or batch.pixels is not None:
+            return None
+        return torch.zeros(1, 3, self.image_size, self.image_size, device=self.device)
 
     def _send(self, numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         """A copy on the CPU and the event that says it has arrived."""
@@ -105,7 +152,10 @@ class Step:
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The model's keyword arguments. Padding stands on the right, out of sight of a causal model, so there is no
-        mask: its labels are -100."""
+        mask: its labels are -100. A micro-batch that holds nothing (all its samples were bad, and other processes wait
+        for this one) is two tokens without a label."""
+        if not batch.input_ids.numel():
+            batch = replace(batch, input_ids=_STAND_IN, labels=torch.full_like(_STAND_IN, NO_LABEL), seq_idx=None)
         batch = batch.to(self.device)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "labels": batch.labels}
         if batch.seq_idx is not None:

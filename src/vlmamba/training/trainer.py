@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from types import FrameType
 from typing import Any
 
@@ -15,14 +18,16 @@ import torch
 
 from vlmamba.data.collate import Batch
 from vlmamba.data.loading import Feed
-from vlmamba.training import checkpoint
+from vlmamba.training.checkpoint import Checkpoints, Progress
 from vlmamba.training.config import RunConfig
 from vlmamba.training.metrics import Interval, Logger, forget_after
 from vlmamba.training.optimizer import rate_at, set_rates
-from vlmamba.training.step import Step, StepResult
+from vlmamba.training.step import Step, StepResult, Tally
 
 INTERRUPTED = 75
 """Exit code of a run that was told to stop and saved its state (EX_TEMPFAIL: start it again and it goes on)."""
+
+_USUAL = 50  # steps whose median loss a spike is measured by
 
 
 class Interrupted(SystemExit):
@@ -35,6 +40,14 @@ class Interrupted(SystemExit):
 
 class NonFiniteError(ValueError):
     """Loss or gradient became NaN or infinite; the batch was written to a file."""
+
+    word = "nonfinite"
+
+
+class SpikeError(NonFiniteError):
+    """The loss rose far above that of the steps before; the batch was written to a file."""
+
+    word = "spike"
 
 
 class BadDataError(ValueError):
@@ -54,19 +67,25 @@ class Trainer:
 
     def __init__(self, config: RunConfig, step: Step, feed: Feed, folder: Path, logger: Logger):
         self.config, self.step, self.feed, self.folder, self.logger = config, step, feed, folder, logger
-        self.progress = checkpoint.Progress()
+        self.world = step.parallel.world
+        self.progress = Progress()
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints", config.checkpoint.keep, self.world, step.parallel.sharded
+        )
         self.total_steps = config.optim.max_steps or feed.order.steps(config.optim.epochs)
         self._stop = threading.Event()
+        self._losses: deque[float] = deque(maxlen=_USUAL)
         self._unchecked: tuple[int, StepResult, list[Batch]] | None = None
 
     def resume(self) -> bool:
         """Takes up the newest whole checkpoint, if there is one."""
-        found = checkpoint.find_latest(self.folder / "checkpoints")
+        found = self.checkpoints.load(self.step.model, self.step.optimizer)
         if found is None:
             return False
-        self.progress = checkpoint.load(found, self.step.model, self.step.optimizer, self.step.device)
-        forget_after(self.logger.file, self.progress.step)
-        self.logger.say(f"going on from {found.name}")
+        file, self.progress = found
+        if self.world.is_main:
+            forget_after(self.logger.file, self.progress.step)
+        self.logger.say(f"going on from {file.name}")
         return True
 
     def train(self) -> None:
@@ -83,21 +102,30 @@ class Trainer:
         try:
             while (share := self.share_done()) < 1.0:
                 self._one_step(batches, share, interval)
-                self.progress.seconds = before + time.perf_counter() - started
+                stopped = self._agree(before + time.perf_counter() - started)
                 share = self.share_done()
                 self.logger.advance(share)
-                done, step = share >= 1.0 or self._stop.is_set(), self.progress.step
+                done, step = share >= 1.0 or stopped, self.progress.step
                 if interval.results and (done or step % self.config.logging.every == 0):
                     self._log(interval, share)
                     interval = Interval()
                 if done or step % self.config.checkpoint.every == 0:
                     saved = self._save()
-                    if self._stop.is_set() and share < 1.0:
+                    if stopped and share < 1.0:
+                        self.checkpoints.wait()
                         self.logger.say(f"told to stop: saved {saved}; the same command goes on from there")
                         raise Interrupted(saved)
+            self.checkpoints.wait()
         finally:
             restore()
             self.feed.close()
+            self.checkpoints.settle()
+
+    def _agree(self, seconds: float) -> bool:
+        """Takes over the main process's clock; says whether any process was told to stop."""
+        main = self.world.is_main
+        self.progress.seconds, stops = self.world.sum([seconds if main else 0.0, float(self._stop.is_set())])
+        return stops > 0
 
     def share_done(self) -> float:
         """From 0 to 1: by steps, or by time where there is a budget and it is further along."""
@@ -109,19 +137,21 @@ class Trainer:
         waiting = time.perf_counter()
         micro_batches = next(batches)
         waited = time.perf_counter() - waiting
-        self._report_skipped(micro_batches)
         self.progress.step += 1
-        if not any(batch.num_labels for batch in micro_batches):
+        tally = self.step.count(micro_batches)
+        self.progress.samples += tally.samples
+        self.progress.tokens += tally.tokens
+        self.progress.skipped += tally.skipped
+        self._report_skipped(micro_batches, tally)
+        if tally.labels == 0:
             return  # every sample of it was bad; were there more such batches, the run would have been stopped
         # The rate is that of the step about to be made, so that the first and the last one move something.
         ahead = max(share, self.progress.step / (self.total_steps + 1))
         set_rates(self.step.optimizer, rate_at(ahead, self.config.optim))
-        result = self.step(micro_batches)
+        result = self.step(micro_batches, tally)
         interval.add(result, waited)
         self._check()
         self._unchecked = (self.progress.step, result, micro_batches)
-        self.progress.samples += sum(len(b.ids) for b in micro_batches)
-        self.progress.tokens += result.tokens
 
     def _check(self) -> None:
         """Looks at the step before: its numbers are there by now, so the device need not wait."""
@@ -129,27 +159,35 @@ class Trainer:
             return
         (step, result, micro_batches), self._unchecked = self._unchecked, None
         loss, norm = result.read()
-        if not (abs(loss) < float("inf") and abs(norm) < float("inf")):
-            file = self.folder / f"nonfinite-step-{step}.pt"
-            torch.save([vars(batch) for batch in micro_batches], file)
-            raise NonFiniteError(
-                f"step {step}: loss {loss}, gradient norm {norm}. The batch is in {file}; checkpoints "
-                "hold the state before it. A lower learning rate, or a look at the samples named there, may help"
-            )
+        usual = median(self._losses) if len(self._losses) == self._losses.maxlen else math.inf
+        kind: type[NonFiniteError]
+        if math.isfinite(loss) and math.isfinite(norm):
+            if self.config.optim.spike == 0 or loss <= self.config.optim.spike * usual:
+                self._losses.append(loss)
+                return
+            problem, kind = f"the loss is {loss:.4g}, where {usual:.4g} was usual (optim.spike)", SpikeError
+        else:
+            problem, kind = f"loss {loss}, gradient norm {norm}", NonFiniteError
+        rank = f"-rank-{self.world.rank}" if self.world.size > 1 else ""
+        file = self.folder / f"{kind.word}-step-{step}{rank}.pt"
+        torch.save([vars(batch) for batch in micro_batches], file)
+        raise kind(
+            f"step {step}: {problem}. The batch is in {file}; checkpoints "
+            "hold a state before it. A lower learning rate, or a look at the samples named there, may help"
+        )
 
-    def _report_skipped(self, micro_batches: list[Batch]) -> None:
+    def _report_skipped(self, micro_batches: list[Batch], tally: Tally) -> None:
         reasons = [reason for batch in micro_batches for reason in batch.skipped]
-        if not reasons:
-            return
-        with (self.folder / "skipped.jsonl").open("a") as handle:
-            handle.writelines(json.dumps({"step": self.progress.step, "reason": r}) + "\n" for r in reasons)
-        self.progress.skipped += len(reasons)
+        if reasons:
+            with (self.folder / "skipped.jsonl").open("a") as handle:
+                handle.writelines(json.dumps({"step": self.progress.step, "reason": r}) + "\n" for r in reasons)
         read = self.progress.samples + self.progress.skipped
         # A handful of bad samples at the start says nothing about the share.
-        if self.progress.skipped > max(10, self.config.max_bad_share * read):
+        if tally.skipped and self.progress.skipped > max(10, self.config.max_bad_share * read):
             raise BadDataError(
                 f"{self.progress.skipped} of {read} samples could not be used (most allowed: max_bad_share "
-                f"{self.config.max_bad_share:.1%}); the last: {reasons[-1]}. All are in {self.folder / 'skipped.jsonl'}"
+                f"{self.config.max_bad_share:.1%}); the last: {(reasons or ['another process has it'])[-1]}. "
+                f"All are in {self.folder / 'skipped.jsonl'}"
             )
 
     def _log(self, interval: Interval, share: float) -> None:
@@ -172,8 +210,7 @@ class Trainer:
 
     def _save(self) -> Path:
         self._check()
-        folder, keep = self.folder / "checkpoints", self.config.checkpoint.keep
-        return checkpoint.save(folder, self.step.model, self.step.optimizer, self.progress, keep)
+        return self.checkpoints.save(self.step.model, self.step.optimizer, self.progress)
 
     def _listen(self) -> Any:
         """Has SIGTERM and SIGINT end the run after the current step; a second one ends it at once."""

@@ -1,0 +1,119 @@
+"""One process, 2 x DDP and 2 x FSDP2 compute the same; what one wrote another goes on from; nobody waits for ever."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Job, run_jobs
+from torch.distributed.tensor import DTensor
+
+from vlmamba.models.vlm import VLMambaForConditionalGeneration
+from vlmamba.training import build, launch, run
+from vlmamba.training.launch import make_feed
+from vlmamba.training.metrics import read_metrics
+from vlmamba.training.parallel import World, _Loss, shard
+from vlmamba.training.step import Step
+
+# The dataset's one sample without an image is alone in its micro-batch: one of two processes then has none.
+BASE: dict[str, Any] = {"optim": {"micro_batch": 1, "global_batch": 4, "max_steps": 4}, "checkpoint": {"every": 2}}
+CONNECTOR_ALONE = {"stage": {"language": {"lr": 0.0}}}
+
+
+def losses(folder: Path) -> list[float]:
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [line[key] for line in lines for key in ("loss", "grad_norm")]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return VLMambaForConditionalGeneration.from_pretrained(folder / "model").state_dict()
+
+
+def same(one: Path, other: Path, rel: float) -> None:
+    assert losses(one) == pytest.approx(losses(other), rel=rel)
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def damaged(dataset: Path) -> dict[str, Any]:
+    """The data with bad samples: some micro-batches of one sample then hold nothing."""
+    worse = dataset.with_name("worse")
+    shutil.copytree(dataset, worse)
+    for number in (2, 5, 6):
+        (worse / f"images/{number}.png").write_bytes(b"broken")
+    source = {"llava": {"file": str(worse / "data.json"), "images": str(worse / "images")}}
+    return {"data": [source], "max_bad_share": 0.9}
+
+
+def test_one_two_ddp_and_two_fsdp_are_one(recipe, dataset, tmp_path) -> None:
+    def config(name: str, parallel: str = "ddp", **changes: Any) -> Any:
+        return recipe(output=str(tmp_path / name), parallel=parallel, **BASE | changes)
+
+    packed = {"optim": BASE["optim"] | {"pack": True, "checkpoint_activations": True}}
+    for name, changes in (
+        ("one", {}),
+        ("one-connector", CONNECTOR_ALONE),
+        ("one-packed", packed),
+        ("one-bad", bad := damaged(dataset)),
+    ):
+        run(config(name, **changes))
+    jobs = [
+        Job(config("ddp")),
+        Job(config("fsdp", "fsdp")),
+        Job(config("ddp-connector", "ddp", **CONNECTOR_ALONE)),
+        Job(config("fsdp-connector", "fsdp", **CONNECTOR_ALONE)),
+        Job(config("fsdp-packed", "fsdp", **packed)),
+        Job(config("fsdp-bad", "fsdp", **bad)),
+        Job(config("ddp-bad", "ddp", **bad)),
+        Job(config("cut", "fsdp"), stop_at=3),
+        Job(config("other-kind", "fsdp"), stop_at=3),
+        Job(config("other-kind", "ddp")),
+    ]
+    run_jobs(jobs, tmp_path)
+    for kind in ("ddp", "fsdp"):
+        same(tmp_path / kind, tmp_path / "one", 1e-5)
+        same(tmp_path / f"{kind}-connector", tmp_path / "one-connector", 1e-5)
+        same(tmp_path / f"{kind}-bad", tmp_path / "one-bad", 1e-5)
+    same(tmp_path / "fsdp-packed", tmp_path / "one-packed", 1e-5)
+
+    # From two processes to one, and from one kind to the other.
+    assert not (tmp_path / "cut/model").exists()
+    assert (tmp_path / "cut/checkpoints/latest").read_text() == "step-000003"
+    run(replace(config("cut"), parallel="ddp"))
+    same(tmp_path / "cut", tmp_path / "fsdp", 1e-6)
+    same(tmp_path / "other-kind", tmp_path / "fsdp", 1e-6)
+
+
+def test_small_parameters_stay_wide_in_bf16(recipe) -> None:
+    """In storage, as the forward pass sees them, in gradient and moment; and every part is cut."""
+    config = recipe()
+    model, processor = build.build(config.model, "pad")
+    launch.freeze(model, config.stage)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    seen: dict[str, set[torch.dtype]] = {"ssm": set(), "in_proj": set()}
+    try:
+        whole = _Loss(model)
+        shard(whole, World(), torch.device("cpu"), bf16=True)
+        assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in model.parameters())
+        mixer = model.language_model.backbone.layers[0].mixer
+        mixer.ssm.register_forward_hook(lambda module, _, out: seen["ssm"].update(t.dtype for t in out))
+        mixer.in_proj.register_forward_hook(lambda module, *_: seen["in_proj"].add(module.weight.dtype))
+        batch = next(make_feed(config, processor, torch.device("cpu")).batches())[0]
+        inputs = Step.inputs(SimpleNamespace(device=torch.device("cpu"), normalise=processor.normalise), batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = whole(None, **inputs, use_cache=False)
+        loss.backward()
+        assert seen == {"ssm": {torch.float32}, "in_proj": {torch.bfloat16}}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad.dtype == torch.float32, name
+    finally:
+        dist.destroy_process_group()
