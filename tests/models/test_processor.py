@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import SiglipVisionConfig
 from transformers.models.clip.configuration_clip import CLIPVisionConfig
 
+from vlmamba.models.images import pad_to_square
 from vlmamba.models.processor import NO_LABEL, VLMambaProcessor, build_image_processor
 from vlmamba.models.template import SYSTEM
 
@@ -116,6 +117,25 @@ def test_uint8_path_equals_the_float_path(processor):
 
 
 # ---------------------------------------------------------------------- raw text
+
+
+@pytest.mark.parametrize("config", [SiglipVisionConfig, CLIPVisionConfig])
+@pytest.mark.parametrize("shortest", [24, 30])
+@pytest.mark.parametrize("mode", ["pad", "crop"])
+def test_pixels_are_those_of_transformers(tokenizer, config, shortest, mode):
+    """Our shorter way to them changes no bit, whatever the size of the picture."""
+    images = build_image_processor(config(image_size=24, patch_size=8))
+    if images.do_center_crop:
+        images.size = type(images.size)(shortest_edge=shortest)
+    processor = VLMambaProcessor(images, tokenizer, patch_size=8)
+    mean = tuple(int(255 * value) for value in images.image_mean)
+    for size in [(40, 20), (21, 50), (24, 24), (30, 30), (7, 5), (301, 200), (24, 100)]:
+        noise = Image.effect_noise(size, 90).convert("RGB")
+        framed = pad_to_square(noise, mean) if mode == "pad" else noise
+        theirs = images(framed, do_rescale=False, do_normalize=False)["pixel_values"][0]
+        assert np.array_equal(processor.image_pixels(noise, mode), theirs), size
+        normalised = images(framed, return_tensors="pt").pixel_values
+        assert torch.equal(processor(images=noise, image_mode=mode, return_tensors="pt").pixel_values, normalised)
 
 
 def test_placeholder_expands(processor):

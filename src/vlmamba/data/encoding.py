@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vlmamba.data.collate import NO_LABEL, Example, truncate
-from vlmamba.data.records import BadSampleError, Picture, Record, locate
+from vlmamba.data.records import BadSampleError, Record, locate
 from vlmamba.models.processor import VLMambaProcessor
 
 
@@ -47,7 +47,8 @@ class Encoder:
         # The text first: it is cheap, and no picture need be read for a sample that has no use.
         example = truncate(Example(record.id, ids, labels), self.max_length, self.processor.image_token_id)
         try:
-            pixels = tuple(self._pixels(image) for image in record.images)
+            files = [locate(image) if isinstance(image, Path) else image for image in record.images]
+            pixels = tuple(self.processor.image_pixels(image, self.image_mode) for image in files)
         except ValueError as problem:
             raise BadSampleError(f"{record.id}: {problem}") from problem
         return Example(record.id, example.input_ids, example.labels, pixels)
@@ -83,13 +84,3 @@ class Encoder:
         except ValueError as problem:
             raise BadSampleError(f"{record.id}: {problem}") from problem
         return np.asarray(encoded["input_ids"]), np.asarray(encoded["labels"])
-
-    def _pixels(self, image: Picture) -> np.ndarray:
-        """uint8 (3, H, W). A picture that has the encoder's size already (a rendered scene) needs no processing."""
-        if isinstance(image, Path):
-            return self.processor.image_pixels(locate(image), self.image_mode)
-        if not isinstance(image, bytes):
-            height, width = self.processor.image_size
-            if image.size == (width, height) and image.mode == "RGB":
-                return np.asarray(image).transpose(2, 0, 1)
-        return self.processor.image_pixels(image, self.image_mode)

@@ -116,6 +116,8 @@ class VLMambaProcessor(ProcessorMixin):
     def image_pixels(self, source: ImageSource, mode: str | None = None) -> np.ndarray:
         """One picture as uint8 (3, H, W), resized but not yet normalised: what a training batch carries."""
         image = self._framed(source, mode)
+        if image.size == self.image_size[::-1] == self._resized_size:  # nothing is left to do to it
+            return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
         pixels = self.image_processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
         return np.ascontiguousarray(pixels, dtype=np.uint8)
 
@@ -131,9 +133,23 @@ class VLMambaProcessor(ProcessorMixin):
     def _framed(self, source: ImageSource, mode: str | None) -> Image.Image:
         image = read_image(source)
         if _checked_mode(mode or self.image_mode) == "crop":
-            return crop_strip(image) if self.image_processor.do_center_crop else image
+            return crop_strip(image) if self.image_processor.do_center_crop else self._resized(image)
         red, green, blue = (int(255 * value) for value in self.image_processor.image_mean)
-        return pad_to_square(image, (red, green, blue))
+        return self._resized(pad_to_square(image, (red, green, blue)))
+
+    @property
+    def _resized_size(self) -> tuple[int, int]:
+        """Width and height that the image processor scales a square to, before any crop."""
+        size = self.image_processor.size
+        return size.width or size.shortest_edge, size.height or size.shortest_edge
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        """As the image processor would, which then finds nothing to do. On its own way to Pillow it copies a picture
+        several times; for a photograph of 12 megapixels that takes as long as all the rest."""
+        keeps_ratio = self.image_processor.size.width is None
+        if not self.image_processor.do_resize or (keeps_ratio and image.width != image.height):
+            return image
+        return image.resize(self._resized_size, self.image_processor.resample)
 
     # ------------------------------------------------------------------ raw text
 
