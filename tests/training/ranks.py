@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,21 @@ class Job:
     """A run, and where it is told to stop.
 
     Attributes:
-        stop_at: the step after which one process alone gets SIGTERM; None: the run goes on to its end.
+        stop_at: the step after which the last process alone gets SIGTERM; None: the run goes on to its end.
+        slow_save: seconds that writing a checkpoint takes longer.
     """
 
     config: RunConfig
     stop_at: int | None = None
+    slow_save: float = 0.0
 
 
-def run_jobs(jobs: list[Job], folder: Path, size: int = 2, timeout: float = 150) -> None:
-    """Runs the jobs in `size` processes.
-
-    Raises:
-        AssertionError: a process failed, or they still run after `timeout` seconds, waiting for each other perhaps.
-    """
+def start(jobs: list[Job], folder: Path, size: int = 1) -> list[subprocess.Popen[bytes]]:
+    """Starts `size` processes that run the jobs; each writes to `folder`/rank-N.log."""
     import torch.distributed as dist
 
     file = folder / "jobs.json"
-    file.write_text(json.dumps([{"config": to_mapping(job.config), "stop_at": job.stop_at} for job in jobs]))
+    file.write_text(json.dumps([vars(job) | {"config": to_mapping(job.config)} for job in jobs]))
     # The store takes a free port by itself, as torchrun's does, and the processes join it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
@@ -48,51 +47,81 @@ def run_jobs(jobs: list[Job], folder: Path, size: int = 2, timeout: float = 150)
         "WORLD_SIZE": str(size),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, __file__, str(file)]
-    logs = [folder / f"rank-{rank}.log" for rank in range(size)]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=logs[rank].open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(size)
-    ]
+    processes = []
+    for rank in range(size):
+        with (folder / f"rank-{rank}.log").open("w") as log:
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = [sys.executable, __file__, str(file)]
+            processes.append(
+                subprocess.Popen(command, env=os.environ | shared | own, stdout=log, stderr=subprocess.STDOUT)
+            )
+    processes[0].store = store  # type: ignore[attr-defined]  # it lives as long as they do
+    return processes
+
+
+def run_jobs(jobs: list[Job], folder: Path, size: int = 2, timeout: float = 150) -> None:
+    """Runs the jobs in `size` processes.
+
+    Raises:
+        AssertionError: a process failed, or they still run after `timeout` seconds, waiting for each other perhaps.
+    """
+    processes = start(jobs, folder, size)
+    codes: list[Any]
     try:
         codes = [process.wait(timeout) for process in processes]
     except subprocess.TimeoutExpired:
-        codes = ["hangs"]
+        codes = ["they hang"]
     finally:
         for process in processes:
             process.kill()
             process.wait()
+    logs = (folder / f"rank-{rank}.log" for rank in range(size))
     assert codes == [0] * size, f"{codes}\n" + "\n".join(log.read_text()[-3000:] for log in logs)
+
+
+def note_ids(step_class: Any) -> Any:
+    """Has every step append its sample ids to ids.jsonl in the run's folder, given by the returned cell."""
+    original, where = step_class.__call__, {}
+
+    def call(self: Any, micro_batches: list[Any], *arguments: Any) -> Any:
+        result = original(self, micro_batches, *arguments)
+        with (Path(where["folder"]) / "ids.jsonl").open("a") as handle:
+            handle.write(json.dumps([batch.ids for batch in micro_batches]) + "\n")
+        return result
+
+    step_class.__call__ = call
+    return where
 
 
 def _main(file: Path) -> None:
     import torch
 
-    from vlmamba.training import run
+    from vlmamba.training import checkpoint, run
     from vlmamba.training.parallel import joined
     from vlmamba.training.step import Step
     from vlmamba.training.trainer import Interrupted
 
     torch.set_num_threads(1)
-    original, calls = Step.__call__, []
+    where = note_ids(Step)
+    original, calls, save = Step.__call__, [], checkpoint.dcp.save
     job: dict[str, Any] = {}
 
     def call(self: Step, *arguments: Any) -> Any:
         result = original(self, *arguments)
         calls.append(1)
-        if len(calls) == job["stop_at"] and os.environ["RANK"] == "1":
+        if len(calls) == job["stop_at"] and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
-    Step.__call__ = call
+    def slow_save(*arguments: Any, **options: Any) -> None:
+        save(*arguments, **options)
+        time.sleep(job["slow_save"])
+
+    Step.__call__, checkpoint.dcp.save = call, slow_save
     with joined("cpu"):
         for job in json.loads(file.read_text()):
             calls.clear()
+            where["folder"] = job["config"]["output"]
             try:
                 run(from_mapping(RunConfig, job["config"]))
                 assert job["stop_at"] is None

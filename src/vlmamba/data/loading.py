@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vlmamba.data.collate import Batch, Example, collate
@@ -128,6 +129,7 @@ class Feed:
             prefetch_factor=self.ahead if self.workers else None,
             worker_init_fn=_ignore_signals,
             multiprocessing_context=context() if self.workers else None,
+            generator=torch.Generator(),  # a loader draws a seed for its workers: not from the run's own numbers
         )
         self._iterator = iterator = iter(loader)
         while True:

@@ -138,9 +138,10 @@ class Logger:
 
 
 def forget_after(file: Path, step: int) -> None:
-    """Drops the lines after `step`: a resumed run writes them again."""
+    """Drops the lines after `step`, which a resumed run writes again, and a last one that was cut off by its death."""
     if file.exists():
-        kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
+        whole = [line for line in file.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
         file.write_text("".join(line + "\n" for line in kept))
 
 

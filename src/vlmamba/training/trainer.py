@@ -80,12 +80,14 @@ class Trainer:
     def resume(self) -> bool:
         """Takes up the newest whole checkpoint, if there is one."""
         found = self.checkpoints.load(self.step.model, self.step.optimizer)
+        if found is not None:
+            self.progress = found[1]
+        if self.world.is_main:  # also where the run died before its first checkpoint
+            forget_after(self.logger.file, self.progress.step)
+            forget_after(self.folder / "skipped.jsonl", self.progress.step)
         if found is None:
             return False
-        file, self.progress = found
-        if self.world.is_main:
-            forget_after(self.logger.file, self.progress.step)
-        self.logger.say(f"going on from {file.name}")
+        self.logger.say(f"going on from {found[0].name}")
         return True
 
     def train(self) -> None:
