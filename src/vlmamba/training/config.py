@@ -10,7 +10,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -63,6 +63,22 @@ class StageConfig:
     vision: PartConfig = PartConfig()
     connector: PartConfig = PartConfig()
     language: PartConfig = PartConfig()
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: the weights of `parts` stay frozen, adapters in them learn at the part's rate.
+
+    Other parts with a learning rate (the connector, as a rule) are trained whole.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    """What an adapter adds is scaled by alpha / rank."""
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["in_proj", "x_proj", "dt_proj", "out_proj"])
+    """Linear maps, by the end of their name; vision encoders have q_proj, k_proj, v_proj, out_proj, fc1, fc2."""
+    parts: list[Literal["vision", "connector", "language"]] = field(default_factory=lambda: ["language"])
 
 
 @dataclass(frozen=True)
@@ -122,6 +138,8 @@ class RunConfig:
     data: list[SourceConfig]
     model: ModelConfig = ModelConfig()
     stage: StageConfig = StageConfig()
+    lora: LoraConfig | None = None
+    """Adapters instead of whole weights; None: none."""
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -197,6 +215,7 @@ def _check_run(config: RunConfig) -> None:
     require(checkpoint_ok(config.checkpoint), "checkpoint: every and keep must be at least 1")
     require(config.logging.every >= 1, f"logging.every: is {config.logging.every}; it must be at least 1")
     require(config.workers >= 0, f"workers: is {config.workers}; it must be 0 or more")
+    _check_lora(config, require)
     if model.path is None:
         require(model.language is not None, "model: name a path (an existing VL-Mamba), or a language part")
     else:
@@ -208,6 +227,17 @@ def _check_run(config: RunConfig) -> None:
         any(getattr(config.stage, part).lr > 0 for part in PARTS),
         "stage: nothing is trained; give vision, connector or language a learning rate (lr)",
     )
+
+
+def _check_lora(config: RunConfig, require: Callable[[bool, str], None]) -> None:
+    lora = config.lora
+    if lora is None:
+        return
+    require(lora.rank >= 1, f"lora.rank: is {lora.rank}; it must be at least 1")
+    require(bool(lora.targets), "lora.targets: is empty; name linear maps, such as in_proj")
+    require(bool(lora.parts), "lora.parts: is empty; name vision, connector or language")
+    for part in lora.parts:
+        require(getattr(config.stage, part).lr > 0, f"lora.parts: {part} has no learning rate; give stage.{part}.lr")
 
 
 def checkpoint_ok(checkpoint: CheckpointConfig) -> bool:

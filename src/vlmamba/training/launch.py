@@ -3,6 +3,7 @@
 OUTPUT/config.yaml, versions.json   what was asked for, and of what software
 OUTPUT/metrics.jsonl, curve.svg     what happened
 OUTPUT/checkpoints/                 the state to go on from
+OUTPUT/adapter/                     what LoRA learned, as PEFT reads it; model/ has it merged
 OUTPUT/model/                       the result; it is there only when the run is finished
 """
 
@@ -32,12 +33,14 @@ from vlmamba.training import build
 from vlmamba.training.card import write_card
 from vlmamba.training.config import PARTS, ConfigError, RunConfig, to_mapping
 from vlmamba.training.curve import draw_curves
+from vlmamba.training.lora import add_adapters, merged, save_adapters
 from vlmamba.training.metrics import Logger, read_metrics
 from vlmamba.training.optimizer import MODULES, freeze, make_optimizer, parameter_groups, part_of
 from vlmamba.training.parallel import Parallel, World, full, joined
 from vlmamba.training.step import Step
 from vlmamba.training.trainer import Trainer
 
+ADAPTER_FOLDER = "adapter"
 _FREE = ("output", "workers", "device", "parallel", "logging", "checkpoint")
 """What may differ between the sittings of a run: it does not change what is computed."""
 
@@ -87,7 +90,9 @@ def make_step(
     model: build.Model, processor: VLMambaProcessor, config: RunConfig, device: torch.device, world: World | None = None
 ) -> Step:
     """What a step of this run is: the model frozen, prepared and put on its device or cut over several."""
-    freeze(model, config.stage)
+    if config.lora is not None:
+        add_adapters(model, config.lora)
+    freeze(model, config.stage, config.lora.parts if config.lora is not None else ())
     prepare(model, config)
     bf16 = config.optim.bf16 and device.type == "cuda"
     parallel = Parallel(model, world or World(), device, config.parallel, bf16)
@@ -151,12 +156,15 @@ def make_feed(config: RunConfig, processor: VLMambaProcessor, device: torch.devi
 def summary(model: nn.Module, config: RunConfig, trainer: Trainer, device: torch.device) -> Iterator[str]:
     """What is about to be trained, on what, for how long."""
     sizes = dict.fromkeys(PARTS, 0)
+    trained = dict(sizes)
     for name, parameter in model.named_parameters():
         sizes[part_of(name)] += parameter.numel()
+        trained[part_of(name)] += parameter.numel() * parameter.requires_grad
     for part, size in sizes.items():
         if size:
-            lr = getattr(config.stage, part).lr
-            yield f"{part}: {size / 1e6:.2f}M parameters, {f'learning rate {lr:g}' if lr else 'frozen'}"
+            rate = f"learning rate {getattr(config.stage, part).lr:g}"
+            of = "" if trained[part] == size else f" for {trained[part] / 1e6:.2f}M of them"
+            yield f"{part}: {size / 1e6:.2f}M parameters, {rate + of if trained[part] else 'frozen'}"
     yield trainer.feed.describe()
     optim = config.optim
     budget = "" if optim.time_budget is None else f" or {optim.time_budget:g} minutes"
@@ -178,6 +186,10 @@ def _finish(model: Any, processor: VLMambaProcessor, config: RunConfig, trainer:
         draw_curves({folder.name: lines}, folder / "curve.svg")
         scratch = folder / f".writing-{result.name}"
         shutil.rmtree(scratch, ignore_errors=True)
+        if config.lora is not None:
+            trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+            save_adapters(state, trained, config.lora, config.model.path, folder / ADAPTER_FOLDER)
+            state = merged(state, config.lora)
         with build.quiet():
             build.save(model, processor, scratch, state)
         write_card(scratch, model, config, trainer.progress.seconds, lines[-1]["loss"] if lines else None)

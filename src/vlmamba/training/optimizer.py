@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -28,14 +29,16 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not _SSM.search(name) and not name.endswith("bias")
 
 
-def freeze(model: nn.Module, stage: StageConfig) -> None:
-    """Leaves gradients on in the parts that have a learning rate, and nowhere else.
+def freeze(model: nn.Module, stage: StageConfig, adapted: Collection[str] = ()) -> None:
+    """Leaves gradients on in the parts that have a learning rate, and nowhere else; of the parts `adapted` by LoRA only
+    in the adapters.
 
     The small SSM parameters must be float32 here: in bf16 they would not move.
     """
     for name, parameter in model.named_parameters():
-        config: PartConfig = getattr(stage, part_of(name))
-        parameter.requires_grad_(config.lr > 0)
+        part = part_of(name)
+        config: PartConfig = getattr(stage, part)
+        parameter.requires_grad_(config.lr > 0 and (part not in adapted or ".lora_" in name))
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise ValueError(f"{name} is {parameter.dtype}; trained parameters must be stored in float32")
 
