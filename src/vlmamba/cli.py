@@ -148,6 +148,8 @@ def _train() -> Any:
     parser.add_argument("recipe", type=str, help="a YAML file, a shipped recipe (paper/stage1) or pipeline (nano)")
     parser.add_argument("overrides", type=str, nargs="*", help="dotted assignments, such as optim.lr=1e-3")
     parser.add_argument("--output", type=str, default=None, help="folder of the run; default: runs/RECIPE")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would run, and what it would take")
+    parser.add_argument("--overfit-one-batch", action="store_true", help="only see whether one batch can be learned")
     return parser
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from vlmamba.training.config import load_config, recipes_folder
-from vlmamba.training.stages import PIPELINE_FILE, read_pipeline, stage_config
+from vlmamba.training.plan import dry_run
+from vlmamba.training.stages import PIPELINE_FILE, plan_pipeline, read_pipeline, stage_config
 
 FOLDERS = sorted(p.parent for p in recipes_folder().rglob(PIPELINE_FILE))
 RUNS = sorted(p for p in recipes_folder().rglob("*.yaml") if p.parent not in FOLDERS)
@@ -15,7 +17,7 @@ RUNS = sorted(p for p in recipes_folder().rglob("*.yaml") if p.parent not in FOL
 
 @pytest.mark.parametrize("file", RUNS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_run(file: Path) -> None:
-    load_config(file)
+    load_config(file, output="out")
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
@@ -23,11 +25,44 @@ def test_pipeline(folder: Path, tmp_path: Path) -> None:
     pipeline = read_pipeline(folder)
     for stage in pipeline.stages:
         assert stage_config(folder, pipeline, stage, tmp_path).output == str(tmp_path / stage)
-    assert {p.stem for p in folder.glob("*.yaml")} == {"pipeline", *pipeline.stages}
+    assert {p.stem for p in (folder / pipeline.recipes).glob("*.yaml")} == {"pipeline", *pipeline.stages}
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
+def test_pipeline_in_a_dry_run(folder: Path, tmp_path: Path) -> None:
+    """Sizes fit together through all stages, and nothing is fetched, loaded or written."""
+    text = "\n".join(plan_pipeline(folder, tmp_path / "out"))
+    stages = read_pipeline(folder).stages
+    assert text.count("memory: about") == 2 * len(stages)
+    assert text.count("# stage ") == len(stages)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_the_ablations(tmp_path: Path) -> None:
+    sizes = {}
+    for folder in (f for f in FOLDERS if f.parent.name == "paper" or f.name == "paper"):
+        text = "\n".join(plan_pipeline(folder, tmp_path))
+        sizes[folder.name] = tuple(re.findall(r"(vision|connector|language): ([\d.]+)M parameters, frozen", text))[:2]
+        assert "connector: " in text
+        assert "learning rate 0.001" in text
+        assert text.count("learning rate 2e-05") == 2
+    assert len(sizes) == 8
+    assert dict(sizes["paper"]) == {"vision": "397.75", "language": "2768.35"}
+    assert dict(sizes["language-1.4b"])["language"] == "1372.18"
+    assert dict(sizes["encoder-clip"])["vision"] == "290.91"
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "cpu"])
+def test_finetuning_in_a_dry_run(name: str, tiny_model: Path) -> None:
+    config = load_config(f"finetune/{name}", [f"model.path={tiny_model}"], output="out")
+    text = "\n".join(dry_run(config))
+    assert "vision: 0.0" in text
+    assert "frozen" in text
+    assert (" of them" in text) == (name == "lora")
 
 
 def test_the_papers_numbers() -> None:
-    one, two = load_config("paper/stage1"), load_config("paper/stage2")
+    one, two = (load_config(f"paper/stage{n}", output="out") for n in (1, 2))
     assert (one.model.connector, one.model.scan, one.model.vision_layer) == ("vss-l2", "bsm", -2)
     assert (one.model.vision, one.model.language) == (
         "google/siglip-so400m-patch14-384",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 
-def train(recipe: str, overrides: list[str] | None, output: str | None) -> None:
+def train(
+    recipe: str, overrides: list[str] | None, output: str | None, dry_run: bool = False, overfit_one_batch: bool = False
+) -> int:
     """Runs a recipe or a pipeline; a run that was interrupted goes on where it stopped."""
     from vlmamba.training.config import load_config, recipes_folder
 
@@ -15,18 +18,47 @@ def train(recipe: str, overrides: list[str] | None, output: str | None) -> None:
         if "=" not in change:
             raise ValueError(f"{change!r} is not an override; expected KEY=VALUE, such as optim.lr=1e-3")
     folder = output or str(Path("runs") / Path(recipe).with_suffix("").name)
-    is_pipeline = any((path / "pipeline.yaml").is_file() for path in (Path(recipe), recipes_folder() / recipe))
-    if is_pipeline:
-        from vlmamba.training.stages import run_pipeline
-
-        run_pipeline(recipe, folder, changes)
-        return
+    if any((path / "pipeline.yaml").is_file() for path in (Path(recipe), recipes_folder() / recipe)):
+        return _train_pipeline(recipe, folder, changes, dry_run, overfit_one_batch)
     if output is None and not any(change.startswith("output=") for change in changes):
         changes = [*changes, *([] if _names_output(recipe) else [f"output={folder}"])]
     config = load_config(recipe, changes, **({"output": output} if output else {}))
-    from vlmamba.training import run
+    if dry_run:
+        from vlmamba.training.plan import dry_run as plan
 
-    run(config)
+        print("\n".join(plan(config)))
+    elif overfit_one_batch:
+        return _overfit(config)
+    else:
+        from vlmamba.training import run
+
+        run(config)
+    return 0
+
+
+def _train_pipeline(recipe: str, folder: str, changes: list[str], dry_run: bool, overfit: bool) -> int:
+    from vlmamba.training.stages import plan_pipeline, run_pipeline
+
+    if overfit:
+        raise ValueError(f"--overfit-one-batch: takes one recipe; {recipe} is a pipeline")
+    if dry_run:
+        print("\n".join(plan_pipeline(recipe, folder, changes)))
+    else:
+        run_pipeline(recipe, folder, changes)
+    return 0
+
+
+def _overfit(config: Any) -> int:
+    from vlmamba.training.plan import LEARNED, overfit
+
+    losses = []
+    for step, loss in overfit(config):
+        losses.append(loss)
+        if step == 1 or step % 10 == 0:
+            print(f"step {step}: loss {loss:.4f}", flush=True)
+    learned = losses[-1] < LEARNED * losses[0]
+    print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps: {'learned' if learned else 'NOT learned'}")
+    return 0 if learned else 1
 
 
 def _names_output(recipe: str) -> bool:

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer, MambaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 from transformers.utils import logging as transformers_logging
 
+import vlmamba
 from vlmamba.models.config import VLMambaConfig
 from vlmamba.models.mamba import VLMambaForCausalLM
 from vlmamba.models.processor import GPT_NEOX, VLMambaProcessor, build_image_processor, load_image_processor
@@ -25,6 +26,10 @@ MODEL_FOLDER = "model"
 """Where in its run folder a finished run keeps its model."""
 
 Model = VLMambaForConditionalGeneration | VLMambaForCausalLM
+
+
+NANO = "nano"
+"""As a model's path: the one that is shipped with the package."""
 
 
 def resolve(config: ModelConfig, pipeline: Path) -> ModelConfig:
@@ -67,10 +72,16 @@ def build(config: ModelConfig, image_mode: str) -> tuple[Model, VLMambaProcessor
     Raises:
         ValueError: a part that cannot be found, or parts that do not fit.
     """
+    for part in (config.path, config.vision, config.language, config.tokenizer):
+        if isinstance(part, str) and part.startswith(STAGE):
+            raise ConfigError(
+                f"model: {part} is the result of another stage; run the pipeline, or name a folder"
+            )
     if config.path is not None:
-        processor = VLMambaProcessor.from_pretrained(config.path)
+        folder = vlmamba.nano() if config.path == NANO else config.path
+        processor = VLMambaProcessor.from_pretrained(folder)
         processor.image_mode = image_mode
-        return VLMambaForConditionalGeneration.from_pretrained(config.path, dtype=torch.float32), processor
+        return VLMambaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32), processor
     tokenizer = _tokenizer(config)
     language = _language(config.language, tokenizer)
     if config.vision is None:

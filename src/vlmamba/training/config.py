@@ -172,6 +172,10 @@ class PipelineConfig:
     """Stages that run one after another, each a recipe beside this file; the last one's model is the result."""
 
     stages: list[str]
+    recipes: str = "."
+    """The folder of the stages' recipes, from this file's."""
+    overrides: list[str] = field(default_factory=list)
+    """Dotted assignments for all stages, or for one: `stage1.model.scan=csm`. Those of the command line come after."""
     tokenizer: TokenizerConfig | None = None
     export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     export_size_limit: float = field(default=0.0)

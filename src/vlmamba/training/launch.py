@@ -68,7 +68,7 @@ def _run(config: RunConfig, world: World) -> Path:
             print(f"{folder}: finished already; its model is in {result}", flush=True)
         return result
     device = pick_device(config.device, world)
-    _seed(config.seed)
+    seed_all(config.seed)
     with build.quiet():
         model, processor = build.build(config.model, config.stage.image_mode)
     step = make_step(model, processor, config, device, world)
@@ -256,7 +256,7 @@ def _git_commit() -> str | None:
     return commit + ("+" if changed else "")
 
 
-def _seed(seed: int) -> None:
+def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -37,6 +37,8 @@ from vlmamba.training.config import (
 from vlmamba.training.curve import draw_curves
 from vlmamba.training.launch import run
 from vlmamba.training.metrics import read_metrics
+from vlmamba.training.parallel import joined
+from vlmamba.training.plan import dry_run
 from vlmamba.training.tokenizer import train_tokenizer
 
 PIPELINE_FILE = "pipeline.yaml"
@@ -58,13 +60,34 @@ def run_pipeline(name: str | Path, output: str | Path, overrides: Sequence[str] 
     folder, output = find_pipeline(name), Path(output)
     config = read_pipeline(folder, overrides)
     recipes = [stage_config(folder, config, stage, output, overrides) for stage in config.stages]
-    if config.tokenizer is not None:
-        learn_tokenizer(config.tokenizer, output / TOKENIZER)
-    for stage, recipe in zip(config.stages, recipes, strict=True):
-        print(f"stage {stage}", flush=True)
-        run(replace(recipe, model=build.resolve(recipe.model, output)))
+    with joined(recipes[0].device) as world:
+        if config.tokenizer is not None:
+            learned = config.tokenizer
+            world.from_main(lambda: learn_tokenizer(learned, output / TOKENIZER))
+        for stage, recipe in zip(config.stages, recipes, strict=True):
+            if world.is_main:
+                print(f"stage {stage}", flush=True)
+            run(replace(recipe, model=build.resolve(recipe.model, output)))
+        world.from_main(lambda: finish_pipeline(output, config))
+    return output / build.MODEL_FOLDER
+
+
+def finish_pipeline(output: Path, config: PipelineConfig) -> None:
+    """The curves of all stages, and the model to be shipped."""
     summarise(output, config)
-    return export(output / config.stages[-1] / build.MODEL_FOLDER, output / build.MODEL_FOLDER, config)
+    export(output / config.stages[-1] / build.MODEL_FOLDER, output / build.MODEL_FOLDER, config)
+
+
+def plan_pipeline(name: str | Path, output: str | Path, overrides: Sequence[str] = ()) -> Iterator[str]:
+    """What every stage would be and take, as lines; nothing is loaded or written."""
+    folder = find_pipeline(name)
+    config = read_pipeline(folder, overrides)
+    earlier: dict[str, RunConfig] = {}
+    for stage in config.stages:
+        recipe = stage_config(folder, config, stage, Path(output), overrides)
+        yield f"# stage {stage}"
+        yield from dry_run(recipe, earlier)
+        earlier[stage] = recipe
 
 
 def find_pipeline(name: str | Path) -> Path:
@@ -85,8 +108,11 @@ def stage_config(
     folder: Path, config: PipelineConfig, stage: str, output: Path, overrides: Sequence[str] = ()
 ) -> RunConfig:
     """One stage's recipe, with the overrides for all stages and for this one."""
-    chosen = [_for_stage(override, stage, config.stages) for override in overrides if not _is_own(override)]
-    return load_config(folder / f"{stage}.yaml", [o for o in chosen if o is not None], output=str(output / stage))
+    given = [*config.overrides, *overrides]
+    chosen = [_for_stage(override, stage, config.stages) for override in given if not _is_own(override)]
+    return load_config(
+        folder / config.recipes / f"{stage}.yaml", [o for o in chosen if o is not None], output=str(output / stage)
+    )
 
 
 def learn_tokenizer(config: TokenizerConfig, folder: Path) -> None:
