@@ -117,7 +117,7 @@ def test_token_loop_is_greedy_and_stops(model):
 
 
 def test_generate_tokens_without_the_fused_step(model):
-    """On a CPU the loop runs module by module, and its tokens are those of `generate`."""
+    """On a CPU the loop goes through `forward`, and its tokens are those of `generate`."""
     ids = tokens(2, 5)
     drawn = torch.cat(list(generate_tokens(model, ids, max_new_tokens=6)), 1)
     assert torch.equal(drawn, model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)[:, 5:])
@@ -125,7 +125,7 @@ def test_generate_tokens_without_the_fused_step(model):
 
 def test_refusals_name_what_stands_in_the_way(model):
     assert structure_refusal(model) is None
-    assert "is on cpu" in decode.refusal(model)
+    assert "is on meta" in decode.refusal(make("meta"))
     mixer = model.backbone.layers[1].mixer
     plain_projection = mixer.x_proj
     mixer.x_proj = type("Adapted", (nn.Linear,), {})(48, 21, bias=False)

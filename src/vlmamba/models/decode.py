@@ -1,4 +1,5 @@
-"""Decoding as fast as the weights can be read: one token for all slots through a captured CUDA graph.
+"""Decoding as fast as the weights can be read: one token for all slots through a captured CUDA graph, or in one native
+call on the CPU (`decode_cpu.py`).
 
 `generate` comes here by itself: the causal LM's `forward` hands every one-token continuation to `one_token`, which runs
 it where it can and says once why where it cannot. `generate_tokens` is the loop without transformers around it.
@@ -16,28 +17,40 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vlmamba.models.state import MambaState
 from vlmamba.ops import dispatch
-from vlmamba.ops.decode import Buffers, Head, Layer, Matrix, Plan, quantise, step
+from vlmamba.ops.decode import HOST_ROWS, Buffers, Head, Layer, Matrix, Plan, quantise, step
+
+if TYPE_CHECKING:
+    from vlmamba.models.decode_cpu import HostDecoder
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
+# By device: which kernels, and the dtypes of a model that they read.
+_KERNELS = {
+    "cuda": ("triton", (torch.float32, torch.bfloat16, torch.float16)),
+    "cpu": ("cpu", (torch.float32, torch.bfloat16)),
+}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def refusal(model: nn.Module) -> str | None:
     """Why the fused step cannot stand for `model` (a causal LM of ours); None if it can."""
     weight = model.lm_head.weight
-    if weight.device.type != "cuda":
-        return f"the model is on {weight.device.type}"
+    kind = weight.device.type
+    if kind not in _KERNELS:
+        return f"the model is on {kind}"
     if model.training:
         return "the model is in training mode"
-    if dispatch.choose("decode", weight.device, weight.dtype) != "triton":
-        return "the Triton kernels are not in use"
+    name, dtypes = _KERNELS[kind]
+    if dispatch.choose("decode", weight.device, weight.dtype) != name:
+        return f"the {name} kernels are not in use"
+    if weight.dtype not in dtypes:
+        return f"there is no form for {weight.dtype}"
     return structure_refusal(model)
 
 
@@ -288,12 +301,24 @@ class Decoder:
         self._lanes.clear()
 
 
-_decoders: weakref.WeakKeyDictionary[nn.Module, Decoder] = weakref.WeakKeyDictionary()
+_decoders: weakref.WeakKeyDictionary[nn.Module, Decoder | HostDecoder] = weakref.WeakKeyDictionary()
+_in_int8: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 _refused: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()  # since the last prompt
 _told: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
-def decoder_of(model: nn.Module) -> Decoder | None:
+def read_as_int8(model: nn.Module, wanted: bool = True) -> None:
+    """From now on one-token continuations of `model` (a causal LM of ours, or a VL-Mamba) read the large matrices as
+    int8, one scale per row: a quarter of float32's memory traffic, at the price of some per cent in the logits. Prompts
+    still go through the modules as they are."""
+    language = getattr(model, "language_model", model)
+    _in_int8[language] = wanted
+    held = _decoders.pop(language, None)
+    if held is not None:
+        held.release()
+
+
+def decoder_of(model: nn.Module) -> Decoder | HostDecoder | None:
     """The model's decoder, renewed where its weights changed; None, and the reason said once, if it can have none."""
     held = _decoders.get(model)
     if held is not None and held.checked:
@@ -309,13 +334,23 @@ def decoder_of(model: nn.Module) -> Decoder | None:
         del _decoders[model]
     if reason is not None:
         _refused[model] = reason
-        if _told.get(model) != reason and model.lm_head.weight.device.type == "cuda" and not model.training:
+        unusual = not model.training and "not in use" not in reason and model.lm_head.weight.device.type in _KERNELS
+        if unusual and _told.get(model) != reason:
             _told[model] = reason
             message = f"decoding runs module by module, several times slower: {reason}"
             warnings.warn(message, RuntimeWarning, stacklevel=3)
         return None
-    _decoders[model] = Decoder(model)
+    _decoders[model] = _new_decoder(model, _in_int8.get(model, False))
     return _decoders[model]
+
+
+def _new_decoder(model: nn.Module, int8: bool) -> Decoder | HostDecoder:
+    if model.lm_head.weight.device.type == "cuda":
+        return Decoder(model, int8=int8)
+    from vlmamba.models.decode_cpu import HostDecoder
+
+    layers, head = fused_weights(model, int8)
+    return HostDecoder(layers, head, _signature(model))
 
 
 def look_again(model: nn.Module) -> None:
@@ -365,7 +400,7 @@ def generate_tokens(
     yield token.cpu()[:, None]
     left = max_new_tokens - 1
     decoder = decoder_of(language) if token.is_cuda else None
-    if decoder is not None and not bool(ended.any()):
+    if isinstance(decoder, Decoder) and not bool(ended.any()):
         yield from decoder.tokens(
             token, state, left, stops=stops, temperature=temperature, seed=seed, limits=limits, every=every
         )
@@ -387,17 +422,20 @@ def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Ten
 
 def one_token(model: nn.Module, input_ids: Tensor, state: MambaState) -> Tensor | None:
     """Logits (B, 1, V) in the model's dtype after one more token per row (B, 1); None where the plain path must run."""
-    if input_ids.device.type != "cuda" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    kind = input_ids.device.type
+    if kind not in _KERNELS or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     if input_ids.shape[1] != 1 or state.slots != len(input_ids):
         look_again(model)
         return None
-    if torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing():
+    if torch.is_autocast_enabled(kind) or (kind == "cuda" and torch.cuda.is_current_stream_capturing()):
         return None
     decoder = decoder_of(model)
-    if decoder is None:
+    if decoder is None or (kind == "cpu" and len(input_ids) > HOST_ROWS):
         return None
     dtype = model.lm_head.weight.dtype
+    if kind == "cpu":
+        return decoder.logits(input_ids[:, 0], state).to(dtype).unsqueeze(1)
     return decoder.logits(input_ids[:, 0], state).to(dtype, copy=True).unsqueeze(1)
 
 

@@ -97,6 +97,12 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
             )
         return embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))
 
+    def _is_one_more_word(self, input_ids: Tensor) -> bool:
+        """Whether each row (B, L) is one token of text. On a GPU a placeholder goes unnoticed: looking would wait."""
+        if input_ids.shape[1] != 1:
+            return False
+        return input_ids.is_cuda or not bool((input_ids == self.config.image_token_id).any())
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -122,9 +128,9 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give either input_ids or inputs_embeds")
-            if pixel_values is not None or cache_params is None or input_ids.shape[1] > 1 or not input_ids.is_cuda:
+            if pixel_values is not None or cache_params is None or not self._is_one_more_word(input_ids):
                 inputs_embeds, input_ids = self.embed(input_ids, pixel_values), None
-            # else one more token of text: its id goes on as it is (to the fused step, and without waiting for the GPU)
+            # else its id goes on as it is, to the fused step
         elif pixel_values is not None:
             raise ValueError("give images either as pixel_values with input_ids, or inside inputs_embeds")
         else:

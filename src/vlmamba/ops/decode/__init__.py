@@ -23,7 +23,9 @@ from torch import Tensor
 from vlmamba.ops import dispatch
 from vlmamba.ops.decode.plan import Plan
 
-__all__ = ["Buffers", "Head", "Layer", "Matrix", "Plan", "quantise", "step"]
+__all__ = ["HOST_ROWS", "Buffers", "Head", "Layer", "Matrix", "Plan", "quantise", "step"]
+
+HOST_ROWS = 8  # sequences that the native step on the CPU takes at once (`cpu.Token`); with more, torch's products win
 
 
 @dataclass(frozen=True)
