@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -146,6 +147,12 @@ def test_result_loads_and_card_says_how(recipe, tmp_path) -> None:
     assert card.index("import vlmamba") < card.index("AutoModel")
     assert "max_steps: 6" in card
     assert (tmp_path / "run/curve.svg").read_text().startswith("<svg")
+    page = (tmp_path / "run/curve.html").read_text()
+    assert "<svg" in page
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    (source,) = json.loads((tmp_path / "run/data.json").read_text())
+    assert source["samples"] == 12
+    assert len(source["hash"].split()[0]) == 64
     assert {"torch", "vlmamba", "git"} <= json.loads((tmp_path / "run/versions.json").read_text()).keys()
 
 
@@ -154,6 +161,15 @@ def test_finished_run_is_left_alone(recipe, monkeypatch, capsys) -> None:
     monkeypatch.setattr(Step, "__call__", lambda *_: pytest.fail("trained again"))
     assert run(recipe(workers=3, logging={"every": 5})) == folder
     assert "finished already" in capsys.readouterr().out
+
+
+def test_changed_data_are_noticed(recipe, dataset, tmp_path, capsys) -> None:
+    run(recipe())
+    shutil.rmtree(tmp_path / "run/model")
+    file = dataset / "data.json"
+    file.write_text(file.read_text() + " ")
+    run(recipe())
+    assert "the data are not those that this run began with" in capsys.readouterr().err
 
 
 def test_another_recipe_in_the_same_folder(recipe, tmp_path) -> None:

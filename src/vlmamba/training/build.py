@@ -74,9 +74,7 @@ def build(config: ModelConfig, image_mode: str) -> tuple[Model, VLMambaProcessor
     """
     for part in (config.path, config.vision, config.language, config.tokenizer):
         if isinstance(part, str) and part.startswith(STAGE):
-            raise ConfigError(
-                f"model: {part} is the result of another stage; run the pipeline, or name a folder"
-            )
+            raise ConfigError(f"model: {part} is the result of another stage; run the pipeline, or name a folder")
     if config.path is not None:
         folder = vlmamba.nano() if config.path == NANO else config.path
         processor = VLMambaProcessor.from_pretrained(folder)

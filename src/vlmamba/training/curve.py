@@ -1,4 +1,4 @@
-"""The loss curves of one or several runs as one SVG: no plotting library, opens anywhere."""
+"""Loss curves as SVG, and as a page: no plotting library; opens anywhere, without a network."""
 
 from __future__ import annotations
 
@@ -10,17 +10,41 @@ from xml.sax.saxutils import escape
 WIDTH, HEIGHT, MARGIN, BOTTOM = 420, 260, 52, 42
 
 
-def draw_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], file: Path) -> None:
+Runs = Mapping[str, Sequence[Mapping[str, float]]]
+
+
+def draw_curves(runs: Runs, file: Path) -> None:
     """One panel per run: loss over steps, with its final value; lines come from `read_metrics`."""
+    file.write_text(_svg(runs) + "\n")
+
+
+def write_page(runs: Runs, file: Path) -> None:
+    """The curves and every run's last numbers as one HTML file."""
+    tables = [
+        f"<h2>{escape(name)}</h2><table>"
+        + "".join(f"<tr><td>{escape(key)}</td><td>{value:,.6g}</td></tr>" for key, value in lines[-1].items())
+        + "</table>"
+        for name, lines in runs.items()
+        if lines
+    ]
+    file.write_text(
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>' + escape(", ".join(runs)) + "</title>"
+        "<style>body{font-family:sans-serif;margin:2em}svg{max-width:100%}td{padding:.1em 1em .1em 0}</style></head>"
+        f"<body>{_svg(runs)}{''.join(tables)}</body></html>\n",
+        encoding="utf-8",
+    )
+
+
+def _svg(runs: Runs) -> str:
     panels = [
         f'<g transform="translate({(i % 2) * WIDTH},{(i // 2) * HEIGHT})">{_panel(name, lines)}</g>'
         for i, (name, lines) in enumerate((n, ls) for n, ls in runs.items() if ls)
     ]
     width, height = WIDTH * min(2, max(1, len(panels))), HEIGHT * max(1, -(-len(panels) // 2))
-    file.write_text(
+    return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         f'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>'
-        f"{''.join(panels)}</svg>\n"
+        f"{''.join(panels)}</svg>"
     )
 
 

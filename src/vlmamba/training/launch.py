@@ -1,7 +1,8 @@
 """One run: from a recipe to a folder with a model that `from_pretrained` loads.
 
-OUTPUT/config.yaml, versions.json   what was asked for, and of what software
-OUTPUT/metrics.jsonl, curve.svg     what happened
+OUTPUT/config.yaml, versions.json   what was asked for, and of what software (git state included)
+OUTPUT/data.json                    which data: number of samples and hash of every source
+OUTPUT/metrics.jsonl, curve.html    what happened; curve.svg, tensorboard/
 OUTPUT/checkpoints/                 the state to go on from
 OUTPUT/adapter/                     what LoRA learned, as PEFT reads it; model/ has it merged
 OUTPUT/model/                       the result; it is there only when the run is finished
@@ -15,6 +16,7 @@ import platform
 import random
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from vlmamba.models.processor import VLMambaProcessor
 from vlmamba.training import build
 from vlmamba.training.card import write_card
 from vlmamba.training.config import PARTS, ConfigError, RunConfig, to_mapping
-from vlmamba.training.curve import draw_curves
+from vlmamba.training.curve import draw_curves, write_page
 from vlmamba.training.lora import add_adapters, merged, save_adapters
 from vlmamba.training.metrics import Logger, read_metrics
 from vlmamba.training.optimizer import MODULES, freeze, make_optimizer, parameter_groups, part_of
@@ -74,7 +76,9 @@ def _run(config: RunConfig, world: World) -> Path:
     step = make_step(model, processor, config, device, world)
     logger = Logger(folder, folder.name, config.logging.tensorboard, world.is_main)
     try:
-        trainer = Trainer(config, step, make_feed(config, processor, device, world), folder, logger)
+        feed = make_feed(config, processor, device, world)
+        world.from_main(lambda: note_data(feed, folder))
+        trainer = Trainer(config, step, feed, folder, logger)
         for line in summary(model, config, trainer, device):
             logger.say(line)
         trainer.resume()
@@ -184,6 +188,7 @@ def _finish(model: Any, processor: VLMambaProcessor, config: RunConfig, trainer:
     if trainer.world.is_main:
         lines = read_metrics(trainer.logger.file)
         draw_curves({folder.name: lines}, folder / "curve.svg")
+        write_page({folder.name: lines}, folder / "curve.html")
         scratch = folder / f".writing-{result.name}"
         shutil.rmtree(scratch, ignore_errors=True)
         if config.lora is not None:
@@ -195,6 +200,18 @@ def _finish(model: Any, processor: VLMambaProcessor, config: RunConfig, trainer:
         write_card(scratch, model, config, trainer.progress.seconds, lines[-1]["loss"] if lines else None)
         os.replace(scratch, result)
     trainer.world.sum([0])  # the others wait until it is there
+
+
+def note_data(feed: Feed, folder: Path) -> None:
+    """Which data a run is about to read; a warning where they changed since its last sitting."""
+    found = [
+        {"name": str(source.name), "samples": source.supply.size, "hash": source.fingerprint()}
+        for source in feed.data.sources
+    ]
+    file = folder / "data.json"
+    if file.is_file() and json.loads(file.read_text()) != found:
+        print(f"{folder}: the data are not those that this run began with ({file})", file=sys.stderr, flush=True)
+    file.write_text(json.dumps(found, indent=1))
 
 
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:

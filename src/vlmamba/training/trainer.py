@@ -20,7 +20,8 @@ from vlmamba.data.collate import Batch
 from vlmamba.data.loading import Feed
 from vlmamba.training.checkpoint import Checkpoints, Progress
 from vlmamba.training.config import RunConfig
-from vlmamba.training.metrics import Interval, Logger, forget_after
+from vlmamba.training.curve import write_page
+from vlmamba.training.metrics import Interval, Logger, forget_after, read_metrics
 from vlmamba.training.optimizer import rate_at, set_rates
 from vlmamba.training.step import Step, StepResult, Tally
 
@@ -212,6 +213,8 @@ class Trainer:
 
     def _save(self) -> Path:
         self._check()
+        if self.world.is_main:
+            write_page({self.folder.name: read_metrics(self.logger.file)}, self.folder / "curve.html")
         return self.checkpoints.save(self.step.model, self.step.optimizer, self.progress)
 
     def _listen(self) -> Any:
