@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("the gate is red, nothing is timed:", *failures, sep="\n  ", file=sys.stderr)
         return 1
     report = Report(_path(options, device), machine.describe(device))
-    bench = Bench(report, device, options.toy, machine.limits(device, options.toy))
+    bench = Bench(report, device, options.toy, machine.limits(device, options.toy), options.wall)
     copy, product = bench.limits["copy"], bench.limits["product"]
     report.machine["measured limits"] = f"copy {copy / 1e9:,.0f} GB/s, bf16 product {product / 1e12:.3g} TFLOP/s"
     print(f"gate green; {report.machine['measured limits']}", flush=True)
@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, default=1200.0, help="seconds for the whole run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--toy", action="store_true", help="tiny shapes, to try the program; the numbers mean nothing")
+    parser.add_argument("--wall", action="store_true", help="on a CPU: also by the wall clock, on all cores")
     parser.add_argument("--out", help="path of the results without suffix; default benchmarks/results/<hardware>")
     return parser
 

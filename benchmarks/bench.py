@@ -20,10 +20,11 @@ class Bench:
     Attributes:
         device: cuda or cpu. toy: tiny shapes, to try everything on any machine; the numbers mean nothing then.
         limits: the machine's measured limits: "copy" (bytes/s, read plus written), "product" (bf16 FLOP/s).
+        wall: on a CPU, take the time of all cores by the wall clock too: it says something on a quiet machine only.
     """
 
-    def __init__(self, report: Report, device: torch.device, toy: bool, limits: dict[str, float]):
-        self.report, self.device, self.toy, self.limits = report, device, toy, limits
+    def __init__(self, report: Report, device: torch.device, toy: bool, limits: dict[str, float], wall: bool = False):
+        self.report, self.device, self.toy, self.limits, self.wall = report, device, toy, limits, wall
         self.section, self._end = "", float("inf")
 
     def begin(self, section: str, seconds: float) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from transformers import MambaConfig
+from transformers import MambaConfig, SiglipVisionConfig
 
-from vlmamba import ops
+from vlmamba import VLMambaConfig, VLMambaForConditionalGeneration, ops
 from vlmamba.models import MambaState, VLMambaForCausalLM, decode
 from vlmamba.ops import native
 
@@ -85,6 +86,25 @@ def test_twenty_steps_are_the_modules(batch, options):
         assert error(alone, expected) < 5e-6
     for a, b in zip(ours[1].conv + ours[1].ssm, theirs.conv + theirs.ssm):
         assert error(a, b) < 5e-6
+
+
+@pytest.mark.parametrize("lanes", [4, 8])
+@torch.no_grad()
+def test_narrower_hosts(lanes, monkeypatch):
+    """The code for hosts with shorter vectors, run on this one."""
+    from vlmamba.ops.decode import cpu
+
+    narrow = SimpleNamespace(host=lambda: native.Host("narrow", lanes, False), Kernel=native.Kernel)
+    monkeypatch.setattr(cpu, "native", narrow)  # for the step alone: the modules keep the code they have
+    for window, int8 in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
+        cpu._compiled.cache_clear()
+        model = make(window, hidden_size=41)
+        fused, ours, theirs = decoder(model, int8), begun(model, 2), begun(model, 2)
+        bound = 0.05 if int8 or window == torch.bfloat16 else 5e-6
+        for i in range(4):
+            ids = tokens(2, 1, seed=i)
+            assert error(fused.logits(ids[:, 0], ours), plain(model, ids, theirs)) < bound
+    cpu._compiled.cache_clear()
 
 
 @torch.no_grad()
@@ -195,6 +215,28 @@ def test_generate_uses_the_step(model, monkeypatch):
         expected = model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
         assert model not in decode._decoders
     assert torch.equal(drawn, expected)
+
+
+@torch.no_grad()
+def test_a_vision_language_model_takes_the_step_for_words_alone():
+    config = VLMambaConfig(
+        vision_config=SiglipVisionConfig(
+            image_size=16, patch_size=4, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+            num_attention_heads=2,
+        ),
+        text_config=MambaConfig(pad_token_id=0, eos_token_id=1, **SIZES),
+        image_token_id=66,
+        num_text_tokens=60,
+    )  # fmt: skip
+    model = VLMambaForConditionalGeneration(config).eval()
+    state = begun(model.language_model, 1)
+    again = state.clone()
+    logits = model(torch.tensor([[5]]), cache_params=state).logits
+    assert model.language_model in decode._decoders
+    embeds = model.get_input_embeddings()(torch.tensor([[5]]))
+    assert_close(logits, model(inputs_embeds=embeds, cache_params=again).logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="image"):
+        model(torch.tensor([[66]]), cache_params=state)
 
 
 @torch.no_grad()
