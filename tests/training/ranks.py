@@ -118,8 +118,9 @@ def _main(file: Path) -> None:
         time.sleep(job["slow_save"])
 
     Step.__call__, checkpoint.dcp.save = call, slow_save
-    with joined("cpu"):
-        for job in json.loads(file.read_text()):
+    jobs = json.loads(file.read_text())
+    with joined(jobs[0]["config"]["device"]):
+        for job in jobs:
             calls.clear()
             where["folder"] = job["config"]["output"]
             try:

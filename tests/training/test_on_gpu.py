@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import Job, run_jobs
 
 from vlmamba.models.vlm import VLMambaForConditionalGeneration
 from vlmamba.training import run
@@ -56,3 +57,28 @@ def test_it_goes_on_where_it_stopped(recipe, tmp_path, monkeypatch) -> None:
         run(cut)
     run(cut)
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_are_one(recipe, tmp_path) -> None:
+    optim = {"micro_batch": 1, "global_batch": 4, "max_steps": 4, "bf16": False}
+    wide = CUDA | {"optim": optim, "workers": 0}
+    run(recipe(output=str(tmp_path / "one"), **wide))
+    jobs = [Job(recipe(output=str(tmp_path / kind), parallel=kind, **wide)) for kind in ("ddp", "fsdp")]
+    narrow = wide | {"optim": optim | {"bf16": True, "checkpoint_activations": True, "pack": True}}
+    jobs += [Job(recipe(output=str(tmp_path / "bf16"), parallel="fsdp", **narrow))]
+    jobs += [Job(recipe(output=str(tmp_path / "cut"), parallel="fsdp", **wide), stop_at=3)]
+    run_jobs(jobs, tmp_path)
+    for kind in ("ddp", "fsdp"):
+        assert losses(tmp_path / kind) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert all(loss < 10 for loss in losses(tmp_path / "bf16"))
+    run(recipe(output=str(tmp_path / "cut"), **wide))
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+@pytest.mark.parametrize("flag", ["compile", "checkpoint_activations"])
+def test_flags_change_little(recipe, tmp_path, flag) -> None:
+    optim = {"max_steps": 3, "bf16": False}
+    run(recipe(output=str(tmp_path / "plain"), **CUDA, optim=optim))
+    run(recipe(output=str(tmp_path / flag), **CUDA, optim=optim | {flag: True}))
+    assert losses(tmp_path / flag) == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)

@@ -23,6 +23,7 @@ from vlmamba.training.step import Step
 
 # The dataset's one sample without an image is alone in its micro-batch: one of two processes then has none.
 BASE: dict[str, Any] = {"optim": {"micro_batch": 1, "global_batch": 4, "max_steps": 4}, "checkpoint": {"every": 2}}
+LORA = {"lora": {"rank": 2, "parts": ["language", "connector"]}}
 CONNECTOR_ALONE = {"stage": {"language": {"lr": 0.0}}}
 
 
@@ -63,6 +64,7 @@ def test_one_two_ddp_and_two_fsdp_are_one(recipe, dataset, tmp_path) -> None:
         ("one-connector", CONNECTOR_ALONE),
         ("one-packed", packed),
         ("one-bad", bad := damaged(dataset)),
+        ("one-lora", LORA),
     ):
         run(config(name, **changes))
     jobs = [
@@ -72,7 +74,7 @@ def test_one_two_ddp_and_two_fsdp_are_one(recipe, dataset, tmp_path) -> None:
         Job(config("fsdp-connector", "fsdp", **CONNECTOR_ALONE)),
         Job(config("fsdp-packed", "fsdp", **packed)),
         Job(config("fsdp-bad", "fsdp", **bad)),
-        Job(config("ddp-bad", "ddp", **bad)),
+        Job(config("fsdp-lora", "fsdp", **LORA)),
         Job(config("cut", "fsdp"), stop_at=3),
         Job(config("other-kind", "fsdp"), stop_at=3),
         Job(config("other-kind", "ddp")),
@@ -81,8 +83,8 @@ def test_one_two_ddp_and_two_fsdp_are_one(recipe, dataset, tmp_path) -> None:
     for kind in ("ddp", "fsdp"):
         same(tmp_path / kind, tmp_path / "one", 1e-5)
         same(tmp_path / f"{kind}-connector", tmp_path / "one-connector", 1e-5)
-        same(tmp_path / f"{kind}-bad", tmp_path / "one-bad", 1e-5)
-    same(tmp_path / "fsdp-packed", tmp_path / "one-packed", 1e-5)
+    for name in ("packed", "bad", "lora"):
+        same(tmp_path / f"fsdp-{name}", tmp_path / f"one-{name}", 1e-5)
 
     # From two processes to one, and from one kind to the other.
     assert not (tmp_path / "cut/model").exists()

@@ -143,6 +143,7 @@ class _Memory:
         self.model, self.config, self.device = model, config, device
         self.narrow = config.optim.bf16 and device == "cuda"
         self.b = 2 if self.narrow else 4
+        self.world = world
         self.shards = world if config.parallel == "fsdp" else 1
         self.sizes = {name: (p.numel(), p.requires_grad, p.ndim) for name, p in model.named_parameters()}
         self.text: Any = model.config.get_text_config()
@@ -156,7 +157,9 @@ class _Memory:
             "moments": 2 * trained,
         }
         optim = self.config.optim
-        accumulated = trained if optim.global_batch > optim.micro_batch else 0.0
+        several = optim.global_batch > optim.micro_batch * self.world
+        buckets = self.world > 1 and self.shards == 1  # DDP keeps its own, which the gradients are views of
+        accumulated = trained if several or buckets else 0.0
         kept, layer = self._layers(tokens)
         moments = [
             # The end of the forward pass, the loss being computed; then the backward pass of the last layer.
