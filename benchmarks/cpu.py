@@ -85,8 +85,8 @@ def _model(bench: Bench, dtype: torch.dtype) -> None:
     _decode(bench, f"decode {size} {name}, one token", ours, theirs, ids, "one thread", time.thread_time)
     if bench.wall:
         torch.set_num_threads(os.cpu_count() or 1)
-        mode = f"all cores, wall, load {os.getloadavg()[0]:.1f}"
-        _decode(bench, f"decode {size} {name}, one token", ours, theirs, ids, mode, time.perf_counter)
+        mode = f"all cores, load {os.getloadavg()[0]:.1f}"
+        _decode(bench, f"decode {size} {name}, one token, wall clock", ours, theirs, ids, mode, time.perf_counter)
         torch.set_num_threads(1)
 
 
@@ -107,7 +107,7 @@ def _decode(
     if mode == "one thread":
         for who, model in ((models.OURS, ours), (f"{models.OURS} int8", small)):
             error = _error(model, ours, ids)
-            bench.add(f"{case}: logits", who, "against its modules", value=error, unit="relative error")
+            bench.add(f"{case}: relative error of {who}'s logits", who, "against modules", value=error, unit="")
 
 
 def _decoding(model: Any, ids: torch.Tensor, modules: bool = False) -> Callable[[], None]:

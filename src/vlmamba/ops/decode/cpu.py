@@ -196,7 +196,12 @@ class Pace:
     """Whether helpers pay: on a busy machine a helper is stopped in the middle of a chunk and all wait for it, and tiny
     models are through before it wakes. So both ways are timed all along. The result is the same to the last bit."""
 
-    AGAIN = 32  # tokens until the slower way gets another chance
+    BEGIN = 6  # tokens at first that go both ways in turn
+    AGAIN, SOON, CLEAR = (
+        32,
+        8,
+        1.3,
+    )  # every so many tokens the slower way gets a chance: seldom where it is clearly slower
     MEMORY = 0.7  # of the mean that is kept at every sample
 
     def __init__(self) -> None:
@@ -206,11 +211,13 @@ class Pace:
     def choose(self, most: int) -> int:
         """1 or `most` threads."""
         self._tokens += 1
-        for threads in (most, 1):
-            if threads not in self._seconds:
-                return threads
-        better, other = (most, 1) if self._seconds[most] <= self._seconds[1] else (1, most)
-        return other if self._tokens % self.AGAIN == 0 else better
+        if most not in self._seconds or (self._tokens <= self.BEGIN and self._tokens % 2 == 1):
+            return most
+        if self._tokens <= self.BEGIN or 1 not in self._seconds:
+            return 1
+        better, other = sorted((most, 1), key=lambda threads: self._seconds[threads])
+        clear = self._seconds[other] > self.CLEAR * self._seconds[better]
+        return other if self._tokens % (self.AGAIN if clear else self.SOON) == 0 else better
 
     def note(self, threads: int, seconds: float) -> None:
         """What a token took."""
