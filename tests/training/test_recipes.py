@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,11 @@ from vlmamba.training.stages import PIPELINE_FILE, plan_pipeline, read_pipeline,
 
 FOLDERS = sorted(p.parent for p in recipes_folder().rglob(PIPELINE_FILE))
 RUNS = sorted(p for p in recipes_folder().rglob("*.yaml") if p.parent not in FOLDERS)
+
+
+@cache
+def planned(folder: Path) -> str:
+    return "\n".join(plan_pipeline(folder, Path("out")))
 
 
 @pytest.mark.parametrize("file", RUNS, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -29,19 +35,20 @@ def test_pipeline(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
-def test_pipeline_in_a_dry_run(folder: Path, tmp_path: Path) -> None:
+def test_pipeline_in_a_dry_run(folder: Path, tmp_path: Path, monkeypatch) -> None:
     """Sizes fit together through all stages, and nothing is fetched, loaded or written."""
-    text = "\n".join(plan_pipeline(folder, tmp_path / "out"))
+    monkeypatch.chdir(tmp_path)
+    text = planned(folder)
     stages = read_pipeline(folder).stages
     assert text.count("memory: about") == 2 * len(stages)
     assert text.count("# stage ") == len(stages)
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
 
 
-def test_rows_of_the_ablations(tmp_path: Path) -> None:
+def test_rows_of_the_ablations() -> None:
     sizes = {}
     for folder in (f for f in FOLDERS if f.parent.name == "paper" or f.name == "paper"):
-        text = "\n".join(plan_pipeline(folder, tmp_path))
+        text = planned(folder)
         sizes[folder.name] = tuple(re.findall(r"(vision|connector|language): ([\d.]+)M parameters, frozen", text))[:2]
         assert "connector: " in text
         assert "learning rate 0.001" in text
