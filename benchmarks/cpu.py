@@ -2,7 +2,7 @@
 
 CPU time of one thread, all taken in turns: what a core has to work, whoever else uses the machine. (The limits above
 are by the wall clock, of all cores, so on a busy machine they are low.) Rows by the wall clock, on all cores, are right
-on a quiet machine only: its load when they began stands beside them. Where a token is decoded, "vlmamba" is the native
+on a quiet machine only: its load meanwhile stands beside them. Where a token is decoded, "vlmamba" is the native
 step that `forward` and `generate` take by themselves, "int8" the same with weight-only int8, where `read_as_int8` asked
 for it, "modules" the model's modules one after the other.
 
@@ -85,8 +85,9 @@ def _model(bench: Bench, dtype: torch.dtype) -> None:
     _decode(bench, f"decode {size} {name}, one token", ours, theirs, ids, "one thread", time.thread_time)
     if bench.wall:
         torch.set_num_threads(os.cpu_count() or 1)
-        mode = f"all cores, load {os.getloadavg()[0]:.1f}"
-        _decode(bench, f"decode {size} {name}, one token, wall clock", ours, theirs, ids, mode, time.perf_counter)
+        _decode(
+            bench, f"decode {size} {name}, one token, wall clock", ours, theirs, ids, "all cores", time.perf_counter
+        )
         torch.set_num_threads(1)
 
 
@@ -101,9 +102,12 @@ def _decode(
         f"{models.OURS} modules": _decoding(ours, ids, modules=True),
         models.PLAIN: _decoding(theirs, ids),
     }
-    for who, timing in interleaved(contenders, clock, budget=bench.seconds(16.0)).items():
+    before = os.getloadavg()[0]
+    times = interleaved(contenders, clock, budget=bench.seconds(16.0))
+    load = "" if mode == "one thread" else f", load {before:.1f} to {os.getloadavg()[0]:.1f}"
+    for who, timing in times.items():
         share = Timing(timing.median / STEPS, timing.low / STEPS, timing.high / STEPS, timing.repeats)
-        bench.add(case, who, mode, share)
+        bench.add(case, who, mode + load, share)
     if mode == "one thread":
         for who, model in ((models.OURS, ours), (f"{models.OURS} int8", small)):
             error = _error(model, ours, ids)
