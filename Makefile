@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-IMAGE ?= docs/demo.png
-QUESTION ?= What is on the left of the cat?
+IMAGE ?= docs/scene.png
+QUESTION ?= What stands directly right of the shape directly above the egg?
 
 demo: $(VENV)/demo.done
 	$(BIN)/vlmamba ask $(IMAGE) "$(QUESTION)"
@@ -11,10 +11,10 @@ demo: $(VENV)/demo.done
 test: $(VENV)/dev.done
 	$(BIN)/python -m pytest -q
 
-# The same models and processors against the newest transformers 5.
+# The models, the processor and the command line once more, against the newest transformers 5.
 test-newest: $(VENV)/dev.done
-	$(PYTHON) -m venv --system-site-packages $(VENV)-newest
-	$(VENV)-newest/bin/pip install -q "transformers<6"
+	$(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/newest "transformers<6"
+	PYTHONPATH=$(VENV)/newest $(BIN)/python -m pytest -q tests/models tests/test_cli.py
 
 test-gpu:
 	$(PYTHON) -m pytest -q -m gpu

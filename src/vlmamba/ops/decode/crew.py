@@ -6,6 +6,7 @@ two, for seconds). So a helper is told to stay off the caller's core before it i
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import os
@@ -23,13 +24,13 @@ class Helper(threading.Thread):
     def __init__(self, number: int) -> None:
         super().__init__(name=f"vlmamba-decode-{number}", daemon=True)
         self.number = number
-        self.jobs: SimpleQueue[Job] = SimpleQueue()
+        self.jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._cores: set[int] = set()
         self.start()
 
     def run(self) -> None:
-        while True:
-            self.jobs.get()(self.number)
+        while (job := self.jobs.get()) is not None:
+            job(self.number)
 
     def keep_off(self, core: int) -> None:
         """Moves this thread to another core than this one, if it may use another."""
@@ -53,7 +54,17 @@ def run(job: Job, threads: int) -> None:
 
 @functools.lru_cache(maxsize=1)  # by process too: threads do not survive a fork
 def _helpers(count: int, process: int) -> list[Helper]:
-    return [Helper(number) for number in range(1, count + 1)]
+    helpers = [Helper(number) for number in range(1, count + 1)]
+    atexit.register(_dismiss, helpers)
+    return helpers
+
+
+def _dismiss(helpers: list[Helper]) -> None:
+    """Before the interpreter goes: a thread that it catches in the middle of a job takes the whole process down."""
+    for helper in helpers:
+        helper.jobs.put(None)
+    for helper in helpers:
+        helper.join(timeout=5)
 
 
 def _current_core() -> int | None:
