@@ -16,6 +16,7 @@ import importlib
 import inspect
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def _path(options: argparse.Namespace, device: torch.device) -> Path:
     if options.out is not None:
         return Path(options.out)
     if options.toy:
-        return Path("/tmp/vlmamba-toy-benchmark")
+        return Path(tempfile.gettempdir()) / "vlmamba-toy-benchmark"
     name = "cpu" if device.type == "cpu" else re.sub(r"[^a-z0-9]+", "-", machine.name_of(device).lower()).strip("-")
     return RESULTS / name
 
