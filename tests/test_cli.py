@@ -96,6 +96,26 @@ def test_ask_answers(capsys, tiny_model, picture):
     assert run(capsys, *arguments)[1] == out
 
 
+def test_int8_is_a_way_to_read_weights(capsys, tiny_model, picture):
+    arguments = (
+        "ask",
+        picture,
+        "What is this?",
+        "--model",
+        str(tiny_model),
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "4",
+    )
+    code, out, err = run(capsys, *arguments, "--dtype", "int8")
+    assert (code, err) == (0, "")
+    assert out.endswith("\n")
+    code, _, err = run(capsys, *arguments, "--dtype", "int9")
+    assert code == 2
+    assert "expected auto, int8" in err
+
+
 def test_a_literal_placeholder_in_a_question_is_text(capsys, tiny_model, picture):
     code, _, err = run(
         capsys,

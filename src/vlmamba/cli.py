@@ -113,7 +113,9 @@ def build_parser() -> Any:
 def _model_options(parser: Any) -> None:
     parser.add_argument("--model", type=str, default="nano", help="nano (shipped), a folder or a Hub id")
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, mps; auto takes the fastest")
-    parser.add_argument("--dtype", type=str, default="auto", help="float32, bfloat16 or float16; auto: by the device")
+    parser.add_argument(
+        "--dtype", type=str, default="auto", help="float32, bfloat16, float16 or int8; auto: by the device"
+    )
 
 
 def _answer_options(parser: Any) -> None:
@@ -195,7 +197,9 @@ def _eval() -> Any:
     parser.add_argument("--batch-size", type=int, default=64, help="questions answered at a time")
     parser.add_argument("--limit", type=int, default=None, help="only the first so many questions of a task")
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, mps; auto takes the fastest")
-    parser.add_argument("--dtype", type=str, default="auto", help="float32, bfloat16 or float16; auto: by the device")
+    parser.add_argument(
+        "--dtype", type=str, default="auto", help="float32, bfloat16, float16 or int8; auto: by the device"
+    )
     _scoring_options(parser)
     return parser
 

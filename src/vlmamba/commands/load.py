@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 NANO = Path(__file__).resolve().parent.parent / "assets" / "nano"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+INT8 = "int8"  # as auto, but the large matrices of every token after the prompt are read as int8
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -36,11 +38,12 @@ def load(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
         ValueError: no such model, not a VL-Mamba, a device that is not here, an unknown dtype.
     """
     place = pick_device(device)
-    kind = pick_dtype(dtype, place)
+    kind = pick_dtype("auto" if dtype == INT8 else dtype, place)
     folder = find_model(name)
 
     from transformers.utils.logging import disable_progress_bar
 
+    from vlmamba.models.decode import read_as_int8
     from vlmamba.models.processor import VLMambaProcessor
     from vlmamba.models.vlm import VLMambaForConditionalGeneration
 
@@ -50,7 +53,10 @@ def load(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
         model = VLMambaForConditionalGeneration.from_pretrained(folder, dtype=kind)
     except OSError as error:
         raise ValueError(f"{name} cannot be loaded: {error}") from error
-    return Loaded(model.to(place).eval(), processor)
+    model = model.to(place).eval()
+    if dtype == INT8:
+        read_as_int8(model)
+    return Loaded(model, processor)
 
 
 def find_model(name: str) -> Path:
@@ -93,5 +99,5 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
-        raise ValueError(f"--dtype {name} is unknown; expected auto, {', '.join(DTYPES)}")
+        raise ValueError(f"--dtype {name} is unknown; expected auto, {INT8}, {', '.join(DTYPES)}")
     return DTYPES[name]
