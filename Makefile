@@ -1,4 +1,4 @@
-# demo, test, test-newest, test-gpu, lint, bench, nano. Every target installs what it needs into .venv.
+# demo, test, test-newest, test-gpu, lint, bench. Every target installs what it needs into .venv.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -16,14 +16,14 @@ test-newest: $(VENV)/dev.done
 	$(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/newest "transformers<6"
 	PYTHONPATH=$(VENV)/newest $(BIN)/python -m pytest -q tests/models tests/test_cli.py
 
-test-gpu:
-	$(PYTHON) -m pytest -q -m gpu
+test-gpu: $(VENV)/dev.done
+	$(BIN)/python -m pytest -q -m gpu
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench:
-	$(PYTHON) -m benchmarks
+bench: $(VENV)/dev.done
+	$(BIN)/python -m benchmarks
 
 # torch first and by itself, so that a CPU build at hand is taken where there is one.
 $(VENV)/demo.done: pyproject.toml constraints.txt
