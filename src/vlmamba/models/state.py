@@ -95,9 +95,6 @@ class MambaState:
     def to(self, device: torch.device | str) -> MambaState:
         return self._map(lambda t: t.to(device))
 
-    def detach(self) -> MambaState:
-        return self._map(Tensor.detach)
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders the slots in place (beam search)."""
         chosen = self.gather(beam_idx)
