@@ -2,7 +2,8 @@
 
     python studies/probe_encoder.py src/vlmamba/assets/nano --scenes 2400
 
-An item is the mean of the patches under its box; a letter (first, middle and last of each word), the patch in its middle. Four fifths of the items teach the probe, the last fifth is asked; the commonest answer stands beside it.
+An item is the mean of the patches under its box; a letter (first, middle and last of each word), the patch in its
+middle. Four fifths of the items teach the probe, the last fifth is asked; the commonest answer stands beside it.
 
 Letters: B scenes of a batch, P patches along a side, D width.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from vlmamba import VLMambaForConditionalGeneration, VLMambaProcessor
 from vlmamba.data.scenes import World
+from vlmamba.data.scenes.scene import Item
 
 SEED, BATCH, SIDE = 424_242, 32, 128
 
@@ -39,7 +42,7 @@ def collect(model: VLMambaForConditionalGeneration, processor: VLMambaProcessor,
     return found
 
 
-def probe_item(patches_PPD: Tensor, item, patch: int):  # type: ignore[no-untyped-def]
+def probe_item(patches_PPD: Tensor, item: Item, patch: int) -> Iterator[tuple[str, Tensor, str]]:
     """Yields (question, feature, label) of one item of a scene."""
     left, top, right, bottom = (edge / patch for edge in item.box)
     under = patches_PPD[max(0, int(top)) : math.ceil(bottom), max(0, int(left)) : math.ceil(right)]
