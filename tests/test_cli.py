@@ -71,7 +71,7 @@ def test_questions_stay_as_typed(question):
 
 def test_training_overrides_with_and_without_dashes():
     _, options = cli.parse(["train", "paper/stage1", "optim.lr=1e-3", "--stage.template=plain", "--output=runs/x"])
-    assert options["overrides"] == ["optim.lr=1e-3", "stage.template=plain"]
+    assert options["words"] == ["paper/stage1", "optim.lr=1e-3", "stage.template=plain"]
     assert options["output"] == "runs/x"
 
 

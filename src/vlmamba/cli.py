@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 # Command: (module, function).
@@ -63,8 +64,8 @@ def parse(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
     if not arguments:
         parser.print_help()
         return None, {}
-    if arguments[0] == "train":  # `--optim.lr=1e-3` is an override, as `optim.lr=1e-3` is
-        arguments = [a.removeprefix("--") if "." in a.partition("=")[0] and "=" in a else a for a in arguments]
+    if arguments[0] == "train":
+        arguments = ["train", *_options_last(arguments[1:])]
     try:
         parsed = parser.parse_args(arguments)
     except ArgumentError as error:
@@ -76,6 +77,20 @@ def parse(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
     if name == "data":
         name, options = f"data {options.command}", options[options.command]
     return name, {key.replace("-", "_"): value for key, value in vars(options).items()}
+
+
+def _options_last(arguments: list[str]) -> list[str]:
+    """Overrides of `train` together, wherever they stand; `--optim.epochs=2` is one as `optim.epochs=2` is."""
+    words: list[str] = []
+    options: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        key, equals, _ = argument.removeprefix("--").partition("=")
+        if not argument.startswith("-") or (equals and "." in key):
+            words.append(argument.removeprefix("--"))
+        else:
+            options += [argument, *islice(rest, int(argument in ("--config", "--output")))]
+    return [*words, *options]
 
 
 def build_parser() -> Any:
@@ -147,8 +162,17 @@ def _train() -> Any:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False, description="Run a recipe, or a pipeline of recipes.")
-    parser.add_argument("recipe", type=str, help="a YAML file, a shipped recipe (paper/stage1) or pipeline (nano)")
-    parser.add_argument("overrides", type=str, nargs="*", help="dotted assignments, such as optim.lr=1e-3")
+    parser.add_argument(
+        "--config", type=str, default=None, metavar="RECIPE", help="the recipe, where it is not the first word"
+    )
+    parser.add_argument(
+        "words",
+        type=str,
+        nargs="*",
+        metavar="RECIPE | KEY=VALUE",
+        help="a YAML file, a shipped recipe (paper/stage1) or pipeline (nano), then dotted assignments, such as "
+        "stage.connector.lr=1e-3",
+    )
     parser.add_argument("--output", type=str, default=None, help="folder of the run; default: runs/RECIPE")
     parser.add_argument("--dry-run", action="store_true", help="only say what would run, and what it would take")
     parser.add_argument("--overfit-one-batch", action="store_true", help="only see whether one batch can be learned")

@@ -106,3 +106,33 @@ def test_from_the_command_line(recipe, tmp_path, capsys) -> None:
     assert main(["train", str(file), "optim.max_steps=3", "--overfit-one-batch"]) == 0
     assert "learned" in capsys.readouterr().out
     assert main(["train", "nano", "--overfit-one-batch"]) == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--config", "{}", "--dry-run"],
+        ["--config={}", "--dry-run", "optim.max_steps=7"],
+        ["optim.max_steps=7", "--dry-run", "--config", "{}", "--optim.epochs=2"],
+        ["{}", "--dry-run", "optim.max_steps=7", "--output", "elsewhere"],
+    ],
+)
+def test_the_recipe_may_be_an_option(recipe, tmp_path, capsys, words) -> None:
+    import yaml
+
+    from vlmamba.training.config import to_mapping
+
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(to_mapping(recipe())))
+    assert main(["train", *(word.format(file) for word in words)]) == 0
+    said = capsys.readouterr().out
+    assert "at the peak" in said
+    assert ("max_steps: 7" in said) == ("optim.max_steps=7" in words)
+    assert ("output: elsewhere" in said) == ("elsewhere" in words)
+
+
+def test_no_recipe(capsys) -> None:
+    assert main(["train", "optim.max_steps=7", "--dry-run"]) == 2
+    assert "no recipe was named" in capsys.readouterr().err
+    assert main(["train", "nano", "paper", "--dry-run"]) == 2
+    assert "'paper' is not an override" in capsys.readouterr().err

@@ -8,32 +8,48 @@ from typing import Any
 
 
 def train(
-    recipe: str, overrides: list[str] | None, output: str | None, dry_run: bool = False, overfit_one_batch: bool = False
+    words: list[str] | None,
+    config: str | None,
+    output: str | None,
+    dry_run: bool = False,
+    overfit_one_batch: bool = False,
 ) -> int:
-    """Runs a recipe or a pipeline; a run that was interrupted goes on where it stopped."""
+    """Runs a recipe or a pipeline; a run that was interrupted goes on where it stopped.
+
+    Args:
+        words: the recipe, unless `config` names it, then overrides.
+    """
     from vlmamba.training.config import load_config, recipes_folder
 
-    changes = list(overrides or [])
-    for change in changes:
-        if "=" not in change:
-            raise ValueError(f"{change!r} is not an override; expected KEY=VALUE, such as optim.lr=1e-3")
+    recipe, changes = _sorted_out(list(words or []), config)
     folder = output or str(Path("runs") / Path(recipe).with_suffix("").name)
     if any((path / "pipeline.yaml").is_file() for path in (Path(recipe), recipes_folder() / recipe)):
         return _train_pipeline(recipe, folder, changes, dry_run, overfit_one_batch)
     if output is None and not any(change.startswith("output=") for change in changes):
         changes = [*changes, *([] if _names_output(recipe) else [f"output={folder}"])]
-    config = load_config(recipe, changes, **({"output": output} if output else {}))
+    asked = load_config(recipe, changes, **({"output": output} if output else {}))
     if dry_run:
         from vlmamba.training.plan import dry_run as plan
 
-        print("\n".join(plan(config)))
+        print("\n".join(plan(asked)))
     elif overfit_one_batch:
-        return _overfit(config)
+        return _overfit(asked)
     else:
         from vlmamba.training import run
 
-        run(config)
+        run(asked)
     return 0
+
+
+def _sorted_out(words: list[str], config: str | None) -> tuple[str, list[str]]:
+    """The recipe and the overrides."""
+    recipe = config or (words.pop(0) if words and "=" not in words[0] else None)
+    if recipe is None:
+        raise ValueError("no recipe was named; expected a YAML file or a shipped one, such as finetune/cpu or nano")
+    for word in words:
+        if "=" not in word:
+            raise ValueError(f"{word!r} is not an override; expected KEY=VALUE, such as stage.connector.lr=1e-3")
+    return recipe, words
 
 
 def _train_pipeline(recipe: str, folder: str, changes: list[str], dry_run: bool, overfit: bool) -> int:

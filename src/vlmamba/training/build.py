@@ -97,10 +97,10 @@ def build(config: ModelConfig, image_mode: str) -> tuple[Model, VLMambaProcessor
             vision_cls=config.vision_cls,
             image_token_id=processor.image_token_id,
             num_text_tokens=_num_text_tokens(tokenizer, processor.image_token_id),
-        )
+        ),
+        tower,
+        language,
     )
-    model.vision_tower = tower
-    model.language_model = language
     return model, processor
 
 
