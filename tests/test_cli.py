@@ -414,10 +414,10 @@ def test_eval_of_own_questions_then_score(capsys, tiny_model, own_questions, tmp
 def test_batched_answers_equal_single_ones(loaded, tiny_model, picture):
     from pathlib import Path
 
-    from vlmamba.commands.evaluate import ModelAnswerer
+    from vlmamba.commands.evaluate import answerer_of
     from vlmamba.evaluation.runner import Request
 
-    answerer = ModelAnswerer(loaded, "tiny", Path(tiny_model))
+    answerer = answerer_of(loaded, "tiny", Path(tiny_model))
     texts = ["What is it?", "And what is that thing there in the corner?", "no picture here"]
     requests = [Request(str(i), text, Path(picture) if i < 2 else None, 5) for i, text in enumerate(texts)]
     assert answerer.answer(requests) == [answerer.answer([request])[0] for request in requests]

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from vlmamba.evaluation import Options, Request, Shard, check, evaluate, report, score, table
 from vlmamba.evaluation.results import load, weights_hash
-from vlmamba.evaluation.runner import read_answers
+from vlmamba.evaluation.runner import batches_of, read_answers
 from vlmamba.evaluation.tasks import TASKS
 
 
@@ -68,6 +68,28 @@ def test_questions_on_one_picture_are_asked_together(tmp_path: Path) -> None:
     assert changes == len(set(images)) - 1
     assert parrot.batches[0][0].text.endswith("\nAnswer the question using a single word or phrase.")
     assert parrot.batches[0][0].max_new_tokens == 128
+
+
+def test_a_picture_s_questions_stay_together_and_the_next_ones_are_announced(tmp_path: Path) -> None:
+    data = put_mme(tmp_path / "data")  # two questions on each picture
+    parrot = Parrot()
+    announced: list[list[str]] = []
+    parrot.read_ahead = lambda requests: announced.append([r.id for r in requests])  # type: ignore[attr-defined]
+    evaluate(parrot, ["mme"], data, tmp_path / "out", batch_size=7)
+    assert [len(batch) for batch in parrot.batches] == [6] * 62
+    assert all(len({request.image for request in batch}) == 3 for batch in parrot.batches)
+    asked = [[request.id for request in batch] for batch in parrot.batches]
+    assert announced == [a + b for a, b in pairwise([*asked, []])]
+    lengths = [max(len(request.text) for request in batch) for batch in parrot.batches]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_a_picture_with_more_questions_than_a_batch_holds_is_asked_in_several() -> None:
+    sizes = [2, 5, 1, 3, 3]
+    groups = [[f"{i}{k}" for k in range(size)] for i, size in enumerate(sizes)]
+    batches = list(batches_of(groups, 3))  # type: ignore[arg-type]
+    assert [len(batch) for batch in batches] == [2, 3, 3, 3, 3]
+    assert [x for batch in batches for x in batch] == [x for group in groups for x in group]
 
 
 def test_processes_share_the_questions_and_the_first_gathers(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlmamba.commands.load import Loaded
-    from vlmamba.evaluation.runner import Request, Shard
+    from vlmamba.evaluation.answerer import ModelAnswerer
+    from vlmamba.evaluation.runner import Shard
     from vlmamba.evaluation.task import Options, Task
 
 
@@ -57,7 +58,7 @@ def evaluate(
     if shard.world_size > 1 and device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     folder = find_model(model)
-    answerer = ModelAnswerer(load(model, device, dtype), model, folder)
+    answerer = answerer_of(load(model, device, dtype), model, folder)
     place = Path(out or Path("runs") / "eval" / Path(model).name)
     results = api.evaluate(
         answerer,
@@ -114,55 +115,20 @@ def report(run: str, output: str, compare: str | None, sample: int) -> None:
     print(write(Path(run), Path(output), compare=None if compare is None else Path(compare), sample=sample))
 
 
-class ModelAnswerer:
-    """A loaded model that answers a benchmark's requests in batches, greedily, with pictures padded to a square."""
+def answerer_of(loaded: Loaded, name: str, folder: Path) -> ModelAnswerer:
+    """A loaded model as the runner asks it; name and folder go into the results."""
+    from vlmamba.evaluation.answerer import IMAGE_MODE, ModelAnswerer
+    from vlmamba.evaluation.results import weights_hash
 
-    def __init__(self, loaded: Loaded, name: str, folder: Path):
-        from vlmamba.evaluation.results import weights_hash
-
-        self._loaded = loaded
-        self._facts = {
-            "model": name,
-            "weights": weights_hash(folder),
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "decoding": "greedy",
-            "template": "v1",
-            "image_mode": "pad",
-        }
-
-    def describe(self) -> Mapping[str, Any]:
-        """What makes answers of this model comparable: name, weights, dtype, decoding."""
-        return self._facts
-
-    def answer(self, requests: Sequence[Request]) -> list[str]:
-        """One answer a request, in their order."""
-        import torch
-
-        model, processor = self._loaded.model, self._loaded.processor
-        chats = [[{"role": "user", "content": _content(request)}] for request in requests]
-        inputs = processor.apply_chat_template(
-            chats,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            image_mode="pad",
-        ).to(self._loaded.device)
-        with torch.inference_mode():
-            ids = model.generate(
-                **inputs,
-                do_sample=False,
-                max_new_tokens=max(request.max_new_tokens for request in requests),
-                eos_token_id=processor.tokenizer.eos_token_id,
-                pad_token_id=processor.tokenizer.pad_token_id,
-            )
-        answers = ids[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
-
-
-def _content(request: Request) -> list[dict[str, Any]]:
-    text = {"type": "text", "text": request.text}
-    return [text] if request.image is None else [{"type": "image", "image": request.image}, text]
+    facts = {
+        "model": name,
+        "weights": weights_hash(folder),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "decoding": "greedy",
+        "template": "v1",
+        "image_mode": IMAGE_MODE,
+    }
+    return ModelAnswerer(loaded.model, loaded.processor, facts)
 
 
 def _check(data: Path, names: Sequence[str]) -> int:

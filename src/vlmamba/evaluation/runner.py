@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -37,6 +37,14 @@ class Answerer(Protocol):
 
     def answer(self, requests: Sequence[Request]) -> Sequence[str]:
         """One text per request, in their order."""
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """An answerer that can read pictures while it answers."""
+
+    def read_ahead(self, requests: Sequence[Request]) -> None:
+        """Called with this batch and the next before this one is asked; must not wait."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +117,27 @@ def claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
 
 
 def by_picture(examples: Sequence[Example]) -> list[list[Example]]:
-    """Questions in groups that share a picture, in order of first appearance: an answerer that keeps the state after a
-    picture reads it once."""
+    """Questions in groups that share a picture: an answerer reads it once. Those with the longest texts come first, so
+    that batches hold texts of about one length, and what does not fit into memory fails at once."""
     groups: dict[Any, list[Example]] = {}
     for example in examples:
-        groups.setdefault(example.id if example.image is None else example.image, []).append(example)
-    return list(groups.values())
+        groups.setdefault(("text", example.id) if example.image is None else example.image, []).append(example)
+    return sorted(groups.values(), key=lambda group: -max(len(example.prompt) for example in group))
+
+
+def batches_of(groups: Iterable[Sequence[Example]], size: int) -> Iterator[list[Example]]:
+    """Batches of at most `size` questions; a group is split only where it is larger than a batch."""
+    batch: list[Example] = []
+    for group in groups:
+        if batch and len(batch) + len(group) > size:
+            yield batch
+            batch = []
+        batch += group
+        while len(batch) > size:
+            yield batch[:size]
+            batch = batch[size:]
+    if batch:
+        yield batch
 
 
 def identity_of(task: Task, examples: Sequence[Example], variant: str, answerer: Answerer) -> dict[str, Any]:
@@ -140,20 +163,25 @@ def ask(
     log = AnswerLog(folder, shard)
     done = read_answers(folder)
     groups = by_picture(examples)[shard.rank :: shard.world_size]
-    todo = [example for group in groups for example in group if example.id not in done]
-    total = sum(map(len, groups))
+    unanswered = [[example for example in group if example.id not in done] for group in groups]
+    batches = list(batches_of(unanswered, batch_size))
+    total, left = sum(map(len, groups)), sum(map(len, batches))
     with _progress(shard) as progress:
-        bar = progress.add_task(task.title, total=total, completed=total - len(todo))
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
+        bar = progress.add_task(task.title, total=total, completed=total - left)
+        for batch, following in zip(batches, [*batches[1:], []]):
+            if isinstance(answerer, ReadsAhead):
+                answerer.read_ahead(_requests(task, batch + following))
             log.append(_answer(task, batch, answerer))
             progress.advance(bar, len(batch))
     return _gather(examples, folder, shard) if shard.rank == 0 else None
 
 
+def _requests(task: Task, batch: Sequence[Example]) -> list[Request]:
+    return [Request(e.id, e.prompt, e.image, task.max_new_tokens) for e in batch]
+
+
 def _answer(task: Task, batch: Sequence[Example], answerer: Answerer) -> list[dict[str, Any]]:
-    requests = [Request(e.id, e.prompt, e.image, task.max_new_tokens) for e in batch]
-    texts = answerer.answer(requests)
+    texts = answerer.answer(_requests(task, batch))
     if len(texts) != len(batch):
         raise ValueError(f"the answerer gave {len(texts)} answers to {len(batch)} questions")
     return [

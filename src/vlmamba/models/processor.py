@@ -262,6 +262,13 @@ class VLMambaProcessor(ProcessorMixin):
         inputs = self._inputs(rows, images, batched=batched, **options)
         return inputs if return_dict else inputs["input_ids"]
 
+    def encode_messages(self, messages: Sequence[dict[str, Any]], **options: bool) -> tuple[list[int], list[Any]]:
+        """Chat messages as token ids (L,) in template v1, and their pictures as they were given, not opened.
+
+        Options as `vlmamba.models.template.message_pieces` takes them."""
+        pieces, images = message_pieces(messages, **options)
+        return self._encode(pieces)[0], images
+
     def _inputs(
         self,
         rows: list[list[int]],

@@ -1,0 +1,201 @@
+"""A model that answers many questions at a time, and reads a picture once for all questions on it.
+
+A prompt is read in two parts: up to the end of its last picture, once for all prompts that begin so, and the rest. In
+between the states are copied to the questions. Padding changes no state, so an answer does not depend on its company.
+
+Shapes: B prompts, L tokens, I images, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlmamba.evaluation.runner import Request
+from vlmamba.models.decode import generate_tokens
+from vlmamba.models.state import MambaState
+
+if TYPE_CHECKING:
+    from vlmamba.models.processor import VLMambaProcessor
+    from vlmamba.models.vlm import VLMambaForConditionalGeneration
+
+LOOK_EVERY = 4  # tokens between two looks at who has ended: most answers have two or three
+IMAGE_MODE = "pad"
+Messages = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids in two parts; `begin` ends with the last picture (without one: with the first token)."""
+
+    begin: tuple[int, ...]
+    rest: tuple[int, ...]
+    pictures: tuple[Hashable, ...]
+
+
+class ModelAnswerer:
+    """Answers in batches, with pictures padded to a square.
+
+    Args:
+        model, processor: in eval mode, on their device.
+        facts: what `describe` gives.
+        threads: that read and scale pictures while the device works.
+    """
+
+    def __init__(
+        self,
+        model: VLMambaForConditionalGeneration,
+        processor: VLMambaProcessor,
+        facts: Mapping[str, Any] | None = None,
+        threads: int | None = None,
+    ):
+        self._model, self._processor, self._facts = model, processor, dict(facts or {})
+        self._threads = ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1), "pictures")
+        self._pixels: dict[Hashable, Future[np.ndarray]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.get_input_embeddings().weight.device
+
+    def describe(self) -> Mapping[str, Any]:
+        """What makes answers of this model comparable: name, weights, dtype, decoding."""
+        return self._facts
+
+    def read_ahead(self, requests: Sequence[Request]) -> None:
+        """Starts to read the pictures of what will be asked next."""
+        for request in requests:
+            if request.image is not None:
+                self._picture(request.image)
+
+    def answer(self, requests: Sequence[Request]) -> list[str]:
+        """One answer a request, in their order; greedy."""
+        chats = [[{"role": "user", "content": _content(request)}] for request in requests]
+        return self.converse(chats, max(request.max_new_tokens for request in requests))
+
+    def converse(self, chats: Sequence[Messages], max_new_tokens: int, **options: Any) -> list[str]:
+        """The assistant's next message in each conversation, up to the first of the strings `until` where one occurs;
+        options as `tokens` takes them."""
+        texts = self._decode(self.tokens(chats, max_new_tokens, **options))
+        return [_cut(text, options.get("until", ()))[0].strip() for text in texts]
+
+    @torch.inference_mode()
+    def tokens(
+        self,
+        chats: Sequence[Messages],
+        max_new_tokens: int,
+        *,
+        until: Sequence[str] = (),
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """Token ids of the assistant's next message in each conversation, without its end.
+
+        Args:
+            until: a row whose text holds one of these may end there.
+            temperature, seed: as `generate_tokens` takes them; 0 is greedy.
+        """
+        prompts = [self._prompt(chat) for chat in chats]
+        state = self._begun(prompts)
+        ids, mask = self._padded([prompt.rest for prompt in prompts])
+        end = self._processor.tokenizer.eos_token_id
+        rows: list[list[int]] = [[] for _ in prompts]
+        for block in generate_tokens(
+            self._model, ids, attention_mask=mask, state=state, max_new_tokens=max_new_tokens, stops=[end],
+            temperature=temperature, seed=seed, every=LOOK_EVERY,
+        ):  # fmt: skip
+            for row, new in zip(rows, block.tolist()):
+                row += new
+            if until and all(end in row or _cut(self._decode([row])[0], until)[1] for row in rows):
+                break
+        return [row[: row.index(end)] if end in row else row for row in rows]
+
+    @torch.inference_mode()
+    def likelihoods(self, chats: Sequence[Messages], continuations: Sequence[str]) -> list[tuple[float, bool]]:
+        """Log likelihood of each text as the assistant's next words, its end not included, and whether a greedy answer
+        would begin so."""
+        prompts = [self._prompt(chat) for chat in chats]
+        targets = self._processor.tokenizer(
+            [" " + text.strip() for text in continuations], add_special_tokens=False, split_special_tokens=True
+        )["input_ids"]
+        state = self._begun(prompts)
+        ids, mask = self._padded([(*p.rest, *target[:-1]) for p, target in zip(prompts, targets)])
+        longest = max(map(len, targets))
+        logits = self._model(
+            input_ids=ids, attention_mask=mask, cache_params=state, use_cache=True, logits_to_keep=longest
+        ).logits.float()
+        found = []
+        for row, target in zip(logits.log_softmax(-1), targets):
+            wanted = torch.tensor(target, device=row.device)
+            row = row[-len(target) :]
+            found.append((float(row.gather(1, wanted[:, None]).sum()), bool((row.argmax(-1) == wanted).all())))
+        return found
+
+    def _decode(self, rows: list[list[int]]) -> list[str]:
+        return self._processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    def _prompt(self, chat: Messages) -> Prompt:
+        ids, images = self._processor.encode_messages(chat, add_generation_prompt=True)
+        cut = 1
+        if images:
+            cut = len(ids) - ids[::-1].index(self._processor.image_token_id)
+        return Prompt(tuple(ids[:cut]), tuple(ids[cut:]), tuple(map(self._picture, images)))
+
+    def _picture(self, image: Any) -> Hashable:
+        """The name of a picture, whose pixels are now on their way."""
+        name: Hashable = image
+        if isinstance(image, Image.Image):
+            name = (image.mode, image.size, hashlib.sha256(image.tobytes()).digest())
+        if name not in self._pixels:
+            self._pixels[name] = self._threads.submit(self._processor.image_pixels, image, IMAGE_MODE)
+        return name
+
+    def _begun(self, prompts: Sequence[Prompt]) -> MambaState:
+        """The state after each prompt's first part: equal ones are read once."""
+        distinct: dict[tuple[Hashable, ...], int] = {}
+        slots = [distinct.setdefault((p.begin, p.pictures), len(distinct)) for p in prompts]
+        firsts = [prompts[slots.index(slot)] for slot in range(len(distinct))]
+        ids, mask = self._padded([p.begin for p in firsts])
+        pictures = [name for p in firsts for name in p.pictures]
+        pixels = None
+        if pictures:
+            stacked = torch.from_numpy(np.stack([self._pixels[name].result() for name in pictures]))
+            pixels = self._processor.normalise(stacked.to(self.device))
+        for name in set(pictures):
+            del self._pixels[name]
+        state = MambaState.empty(self._model.config.text_config.num_hidden_layers)
+        self._model(
+            input_ids=ids, pixel_values=pixels, attention_mask=mask, cache_params=state, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+        return state if len(distinct) == len(prompts) else state.gather(torch.tensor(slots))
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+        """Token ids (B, L), padded on the left, and their mask, None if nothing is padded."""
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), self._processor.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, longest - len(row) :] = torch.tensor(row)
+            mask[i, longest - len(row) :] = 1
+        padded = any(len(row) < longest for row in rows)
+        return ids.to(self.device), mask.to(self.device) if padded else None
+
+
+def _content(request: Request) -> list[dict[str, Any]]:
+    text = {"type": "text", "text": request.text}
+    return [text] if request.image is None else [{"type": "image", "image": request.image}, text]
+
+
+def _cut(text: str, until: Sequence[str]) -> tuple[str, bool]:
+    """The text before the first of some strings, and whether one occurs."""
+    places = [place for stop in until if (place := text.find(stop)) >= 0]
+    return (text[: min(places)], True) if places else (text, False)
