@@ -32,6 +32,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], float]] = {
     "decode": (("decode", "peer_decode"), 4.0),
     "prefill": (("prefill",), 5.0),
     "vlm": (("vlm",), 4.0),
+    "evaluation": (("evaluation",), 4.0),
     "training": (("training",), 4.0),
     "memory": (("memory",), 3.0),
     "block": (("block",), 1.5),

@@ -58,13 +58,13 @@ class ModelAnswerer:
         facts: Mapping[str, Any] | None = None,
         threads: int | None = None,
     ):
-        self._model, self._processor, self._facts = model, processor, dict(facts or {})
+        self.model, self.processor, self._facts = model, processor, dict(facts or {})
         self._threads = ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1), "pictures")
         self._pixels: dict[Hashable, Future[np.ndarray]] = {}
 
     @property
     def device(self) -> torch.device:
-        return self._model.get_input_embeddings().weight.device
+        return self.model.get_input_embeddings().weight.device
 
     def describe(self) -> Mapping[str, Any]:
         """What makes answers of this model comparable: name, weights, dtype, decoding."""
@@ -106,10 +106,10 @@ class ModelAnswerer:
         prompts = [self._prompt(chat) for chat in chats]
         state = self._begun(prompts)
         ids, mask = self._padded([prompt.rest for prompt in prompts])
-        end = self._processor.tokenizer.eos_token_id
+        end = self.processor.tokenizer.eos_token_id
         rows: list[list[int]] = [[] for _ in prompts]
         for block in generate_tokens(
-            self._model, ids, attention_mask=mask, state=state, max_new_tokens=max_new_tokens, stops=[end],
+            self.model, ids, attention_mask=mask, state=state, max_new_tokens=max_new_tokens, stops=[end],
             temperature=temperature, seed=seed, every=LOOK_EVERY,
         ):  # fmt: skip
             for row, new in zip(rows, block.tolist()):
@@ -123,13 +123,13 @@ class ModelAnswerer:
         """Log likelihood of each text as the assistant's next words, its end not included, and whether a greedy answer
         would begin so."""
         prompts = [self._prompt(chat) for chat in chats]
-        targets = self._processor.tokenizer(
+        targets = self.processor.tokenizer(
             [" " + text.strip() for text in continuations], add_special_tokens=False, split_special_tokens=True
         )["input_ids"]
         state = self._begun(prompts)
         ids, mask = self._padded([(*p.rest, *target[:-1]) for p, target in zip(prompts, targets)])
         longest = max(map(len, targets))
-        logits = self._model(
+        logits = self.model(
             input_ids=ids, attention_mask=mask, cache_params=state, use_cache=True, logits_to_keep=longest
         ).logits.float()
         found = []
@@ -140,13 +140,13 @@ class ModelAnswerer:
         return found
 
     def _decode(self, rows: list[list[int]]) -> list[str]:
-        return self._processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def _prompt(self, chat: Messages) -> Prompt:
-        ids, images = self._processor.encode_messages(chat, add_generation_prompt=True)
+        ids, images = self.processor.encode_messages(chat, add_generation_prompt=True)
         cut = 1
         if images:
-            cut = len(ids) - ids[::-1].index(self._processor.image_token_id)
+            cut = len(ids) - ids[::-1].index(self.processor.image_token_id)
         return Prompt(tuple(ids[:cut]), tuple(ids[cut:]), tuple(map(self._picture, images)))
 
     def _picture(self, image: Any) -> Hashable:
@@ -155,7 +155,7 @@ class ModelAnswerer:
         if isinstance(image, Image.Image):
             name = (image.mode, image.size, hashlib.sha256(image.tobytes()).digest())
         if name not in self._pixels:
-            self._pixels[name] = self._threads.submit(self._processor.image_pixels, image, IMAGE_MODE)
+            self._pixels[name] = self._threads.submit(self.processor.image_pixels, image, IMAGE_MODE)
         return name
 
     def _begun(self, prompts: Sequence[Prompt]) -> MambaState:
@@ -168,11 +168,11 @@ class ModelAnswerer:
         pixels = None
         if pictures:
             stacked = torch.from_numpy(np.stack([self._pixels[name].result() for name in pictures]))
-            pixels = self._processor.normalise(stacked.to(self.device))
+            pixels = self.processor.normalise(stacked.to(self.device))
         for name in set(pictures):
             del self._pixels[name]
-        state = MambaState.empty(self._model.config.text_config.num_hidden_layers)
-        self._model(
+        state = MambaState.empty(self.model.config.text_config.num_hidden_layers)
+        self.model(
             input_ids=ids, pixel_values=pixels, attention_mask=mask, cache_params=state, use_cache=True,
             logits_to_keep=1,
         )  # fmt: skip
@@ -181,7 +181,7 @@ class ModelAnswerer:
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
         """Token ids (B, L), padded on the left, and their mask, None if nothing is padded."""
         longest = max(map(len, rows))
-        ids = torch.full((len(rows), longest), self._processor.tokenizer.pad_token_id)
+        ids = torch.full((len(rows), longest), self.processor.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, longest - len(row) :] = torch.tensor(row)
