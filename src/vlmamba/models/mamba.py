@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, MambaConfig, PreTrainedModel
 from transformers import initialization as init
@@ -110,8 +109,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(dtype)
+        return ops.rms_norm(x, self.weight, self.eps, dtype)
 
 
 class MambaMixer(nn.Module):
