@@ -1,7 +1,8 @@
 """A model that answers many questions at a time, and reads a picture once for all questions on it.
 
-A prompt is read in two parts: up to the end of its last picture, once for all prompts that begin so, and the rest. In
-between the states are copied to the questions. Padding changes no state, so an answer does not depend on its company.
+Where prompts share their pictures each is read in two parts: up to the end of its last picture, once for all prompts
+that begin so, and the rest, after the states were copied to the questions. Padding changes no state, so an answer does
+not depend on its company.
 
 Shapes: B prompts, L tokens, I images, V vocabulary.
 """
@@ -12,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -103,15 +104,11 @@ class ModelAnswerer:
             until: a row whose text holds one of these may end there.
             temperature, seed: as `generate_tokens` takes them; 0 is greedy.
         """
-        prompts = [self._prompt(chat) for chat in chats]
-        state = self._begun(prompts)
-        ids, mask = self._padded([prompt.rest for prompt in prompts])
+        inputs = self._inputs([self._prompt(chat) for chat in chats])
         end = self.processor.tokenizer.eos_token_id
-        rows: list[list[int]] = [[] for _ in prompts]
-        for block in generate_tokens(
-            self.model, ids, attention_mask=mask, state=state, max_new_tokens=max_new_tokens, stops=[end],
-            temperature=temperature, seed=seed, every=LOOK_EVERY,
-        ):  # fmt: skip
+        rows: list[list[int]] = [[] for _ in chats]
+        how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        for block in generate_tokens(self.model, **inputs, **how, stops=[end], every=LOOK_EVERY):
             for row, new in zip(rows, block.tolist()):
                 row += new
             if until and all(end in row or _cut(self._decode([row])[0], until)[1] for row in rows):
@@ -126,12 +123,9 @@ class ModelAnswerer:
         targets = self.processor.tokenizer(
             [" " + text.strip() for text in continuations], add_special_tokens=False, split_special_tokens=True
         )["input_ids"]
-        state = self._begun(prompts)
-        ids, mask = self._padded([(*p.rest, *target[:-1]) for p, target in zip(prompts, targets)])
-        longest = max(map(len, targets))
-        logits = self.model(
-            input_ids=ids, attention_mask=mask, cache_params=state, use_cache=True, logits_to_keep=longest
-        ).logits.float()
+        inputs = self._inputs([replace(p, rest=(*p.rest, *target[:-1])) for p, target in zip(prompts, targets)])
+        state, longest = inputs.pop("state", None), max(map(len, targets))
+        logits = self.model(**inputs, cache_params=state, logits_to_keep=longest).logits.float()
         found = []
         for row, target in zip(logits.log_softmax(-1), targets):
             wanted = torch.tensor(target, device=row.device)
@@ -158,36 +152,35 @@ class ModelAnswerer:
             self._pixels[name] = self._threads.submit(self.processor.image_pixels, image, IMAGE_MODE)
         return name
 
-    def _begun(self, prompts: Sequence[Prompt]) -> MambaState:
-        """The state after each prompt's first part: equal ones are read once."""
+    def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """What is left to read of the prompts, as `generate_tokens` takes it, after what several have in common."""
         distinct: dict[tuple[Hashable, ...], int] = {}
         slots = [distinct.setdefault((p.begin, p.pictures), len(distinct)) for p in prompts]
         firsts = [prompts[slots.index(slot)] for slot in range(len(distinct))]
-        ids, mask = self._padded([p.begin for p in firsts])
-        pictures = [name for p in firsts for name in p.pictures]
-        pixels = None
-        if pictures:
-            stacked = torch.from_numpy(np.stack([self._pixels[name].result() for name in pictures]))
-            pixels = self.processor.normalise(stacked.to(self.device))
-        for name in set(pictures):
-            del self._pixels[name]
+        pixels = self._normalised([name for first in firsts for name in first.pictures])
+        if len(distinct) == len(prompts):  # one pass costs less than two
+            return self._padded([p.begin + p.rest for p in prompts]) | pixels
         state = MambaState.empty(self.model.config.text_config.num_hidden_layers)
-        self.model(
-            input_ids=ids, pixel_values=pixels, attention_mask=mask, cache_params=state, use_cache=True,
-            logits_to_keep=1,
-        )  # fmt: skip
-        return state if len(distinct) == len(prompts) else state.gather(torch.tensor(slots))
+        self.model(**self._padded([p.begin for p in firsts]), **pixels, cache_params=state, logits_to_keep=1)
+        return self._padded([p.rest for p in prompts]) | {"state": state.gather(torch.tensor(slots))}
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
-        """Token ids (B, L), padded on the left, and their mask, None if nothing is padded."""
-        longest = max(map(len, rows))
-        ids = torch.full((len(rows), longest), self.processor.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, longest - len(row) :] = torch.tensor(row)
-            mask[i, longest - len(row) :] = 1
-        padded = any(len(row) < longest for row in rows)
-        return ids.to(self.device), mask.to(self.device) if padded else None
+    def _normalised(self, names: Sequence[Hashable]) -> dict[str, Tensor]:
+        """The pictures' pixels (I, 3, H, W), which are then forgotten; nothing where there are none."""
+        if not names:
+            return {}
+        pixels = torch.from_numpy(np.stack([self._pixels[name].result() for name in names]))
+        for name in set(names):
+            del self._pixels[name]
+        return {"pixel_values": self.processor.normalise(pixels.to(self.device))}
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Token ids (B, L), padded on the left, with their mask if anything is."""
+        longest, pad = max(map(len, rows)), self.processor.tokenizer.pad_token_id
+        missing = [longest - len(row) for row in rows]
+        inputs = {"input_ids": torch.tensor([[pad] * count + list(row) for count, row in zip(missing, rows)])}
+        if any(missing):
+            inputs["attention_mask"] = (torch.arange(longest) >= torch.tensor(missing)[:, None]).long()
+        return {name: value.to(self.device) for name, value in inputs.items()}
 
 
 def _content(request: Request) -> list[dict[str, Any]]:
