@@ -27,8 +27,8 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import models
 from benchmarks.bench import Bench
 from benchmarks.timing import Timing
+from vlmamba.commands.answerer import ModelAnswerer
 from vlmamba.evaluation import OwnData, evaluate
-from vlmamba.evaluation.answerer import ModelAnswerer
 from vlmamba.evaluation.task import SHORT_ANSWER
 from vlmamba.models.processor import VLMambaProcessor, build_image_processor
 from vlmamba.models.template import SYSTEM

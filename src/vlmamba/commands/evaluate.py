@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlmamba.commands.answerer import ModelAnswerer
     from vlmamba.commands.load import Loaded
-    from vlmamba.evaluation.answerer import ModelAnswerer
     from vlmamba.evaluation.runner import Shard
     from vlmamba.evaluation.task import Options, Task
 
@@ -117,7 +117,7 @@ def report(run: str, output: str, compare: str | None, sample: int) -> None:
 
 def answerer_of(loaded: Loaded, name: str, folder: Path) -> ModelAnswerer:
     """A loaded model as the runner asks it; name and folder go into the results."""
-    from vlmamba.evaluation.answerer import IMAGE_MODE, ModelAnswerer
+    from vlmamba.commands.answerer import IMAGE_MODE, ModelAnswerer
     from vlmamba.evaluation.results import weights_hash
 
     facts = {

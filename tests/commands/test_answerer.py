@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from vlmamba.commands.answerer import ModelAnswerer
 from vlmamba.commands.load import Loaded, load
-from vlmamba.evaluation.answerer import ModelAnswerer
 from vlmamba.evaluation.runner import Request
 
 QUESTIONS = ("What is it?", "And what is that thing there in the corner?", "Is there a red square?\nAnswer yes or no.")
