@@ -141,10 +141,10 @@ def test_refusals_name_what_stands_in_the_way(model):
 
 
 def test_weights_that_change_are_seen(model):
-    before = decode._signature(model)
+    before = decode.signature(model)
     with torch.no_grad():
         model.backbone.layers[0].mixer.ssm.A_log.add_(0.1)
-    assert decode._signature(model) != before
+    assert decode.signature(model) != before
 
 
 # On a GPU: the captured graph behind `forward` and `generate`.

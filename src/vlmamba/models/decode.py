@@ -213,6 +213,17 @@ class Lane:
         self._owner = weakref.ref(state)
         self.aim(batch)
 
+    def lend(self, state: MambaState, batch: int) -> bool:
+        """Gives an empty state its place here, with whatever stands there; False if another one lives here."""
+        owner = self._owner() if self._owner is not None else None
+        if owner is not None and self.holds(owner):
+            return False
+        conv, ssm = ([t[:batch] for t in held if t is not None] for held in (self.pool.conv, self.pool.ssm))
+        self._rows, self._owner = (conv, ssm), weakref.ref(state)
+        state.conv, state.ssm = list(conv), list(ssm)
+        self.aim(batch)
+        return True
+
     def aim(self, batch: int) -> None:
         """Points the first `batch` rows at their slots and the others at the spare one; no row ends by itself."""
         buffers = self.step.buffers
@@ -240,17 +251,22 @@ class Decoder:
 
     def __init__(self, model: nn.Module, *, int8: bool = False, **options: Any):
         self.layers, self.head = fused_weights(model, int8)
-        self.signature = _signature(model)
+        self.signature = signature(model)
         self.checked = True
         self._options = options
         self._lanes: dict[int, Lane] = {}
 
     def lane(self, batch: int) -> Lane:
         """The lane for this many sequences; made, and its graph captured, at the first call."""
-        bucket = next((b for b in BUCKETS if b >= batch), -(-batch // 64) * 64)
+        bucket = _bucket(batch)
         if bucket not in self._lanes:
             self._lanes[bucket] = Lane(self.layers, self.head, bucket, **self._options)
         return self._lanes[bucket]
+
+    def lend(self, state: MambaState, batch: int) -> bool:
+        """Gives an empty state a place in the lane for this many sequences, if there is one and nobody lives there."""
+        lane = self._lanes.get(_bucket(batch))
+        return lane is not None and lane.lend(state, batch)
 
     def logits(self, tokens: Tensor, state: MambaState) -> Tensor:
         """Logits (B, V) float32 after one token per row (B,); valid until the next call. The state moves on."""
@@ -301,6 +317,10 @@ class Decoder:
         self._lanes.clear()
 
 
+def _bucket(batch: int) -> int:
+    return next((b for b in BUCKETS if b >= batch), -(-batch // 64) * 64)
+
+
 _decoders: weakref.WeakKeyDictionary[nn.Module, Decoder | HostDecoder] = weakref.WeakKeyDictionary()
 _in_int8: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 _refused: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()  # since the last prompt
@@ -326,7 +346,7 @@ def decoder_of(model: nn.Module) -> Decoder | HostDecoder | None:
     if model in _refused:
         return None
     reason = refusal(model)
-    if reason is None and held is not None and held.signature == _signature(model):
+    if reason is None and held is not None and held.signature == signature(model):
         held.checked = True
         return held
     if held is not None:
@@ -350,7 +370,7 @@ def _new_decoder(model: nn.Module, int8: bool) -> Decoder | HostDecoder:
     from vlmamba.models.decode_cpu import HostDecoder
 
     layers, head = fused_weights(model, int8)
-    return HostDecoder(layers, head, _signature(model))
+    return HostDecoder(layers, head, signature(model))
 
 
 def look_again(model: nn.Module) -> None:
@@ -361,6 +381,24 @@ def look_again(model: nn.Module) -> None:
     held = _decoders.get(model)
     if held is not None:
         held.checked = False
+
+
+def vouch(model: nn.Module, seen: tuple[tuple[int, int], ...]) -> None:
+    """The modules were looked at just now, nothing refuses, and their `signature` is this one."""
+    held = _decoders.get(model)
+    if held is not None:
+        held.checked = held.signature == seen
+
+
+def hand_over(model: nn.Module, state: MambaState, conv: Sequence[Tensor], ssm: Sequence[Tensor]) -> None:
+    """Copies what a prompt left (per layer (B, W-1, D) and (B, D, N)) into `state`: where its memory is, or, for a
+    state that has none yet, straight to where the model decodes if that place is free."""
+    if state.slots is None:
+        held = _decoders.get(model)
+        lent = isinstance(held, Decoder) and held.checked and held.lend(state, len(ssm[0]))
+        if not lent:
+            state.conv, state.ssm = [torch.empty_like(t) for t in conv], [torch.empty_like(t) for t in ssm]
+    torch._foreach_copy_([t for t in state.conv + state.ssm if t is not None], [*conv, *ssm])
 
 
 @torch.no_grad()
@@ -439,6 +477,6 @@ def one_token(model: nn.Module, input_ids: Tensor, state: MambaState) -> Tensor 
     return decoder.logits(input_ids[:, 0], state).to(dtype, copy=True).unsqueeze(1)
 
 
-def _signature(model: nn.Module) -> tuple[tuple[int, int], ...]:
+def signature(model: nn.Module) -> tuple[tuple[int, int], ...]:
     """Changes when a parameter is written to or replaced."""
     return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from vlmamba import ops
-from vlmamba.models import decode
+from vlmamba.models import decode, prefill
 from vlmamba.models.loss import next_token_loss
 from vlmamba.models.names import register_names
 from vlmamba.models.padding import Compaction
@@ -388,7 +388,8 @@ class VLMambaForCausalLM(VLMambaPreTrainedModel, GenerationMixin):
         Args:
             labels: (B, L), -100 where there is no loss; shifted here. In training mode the loss is computed from the
                 supervised positions alone and no logits are returned.
-            logits_to_keep: only the last so many positions (0: all), or a tensor of positions.
+            logits_to_keep: only the last so many positions (0: all), or a tensor of positions. A prompt of more than
+                `prefill.CHUNK` tokens is read in pieces where no gradient is wanted; with this, in the memory of one.
             num_items_in_batch: divides the summed loss (token-weighted accumulation); default: the labels counted.
             num_tokens: entries of the vocabulary that exist; the padded rows above get logit -inf and no loss.
 
@@ -401,6 +402,12 @@ class VLMambaForCausalLM(VLMambaPreTrainedModel, GenerationMixin):
                 return MambaOutput(logits=_without_padding(fused, num_tokens), cache_params=cache_params)
         else:
             decode.look_again(self)
+        if labels is seq_idx is None and not (output_hidden_states or self.config.output_hidden_states):
+            prompt = prefill.read(
+                self, input_ids, inputs_embeds, attention_mask, cache_params, use_cache, logits_to_keep
+            )
+            if prompt is not None:
+                return MambaOutput(logits=_without_padding(prompt[0], num_tokens), cache_params=prompt[1])
         output = self.backbone(
             input_ids,
             attention_mask,

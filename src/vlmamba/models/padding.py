@@ -33,9 +33,10 @@ class Compaction:
                 "from a state, give the mask of the new tokens only"
             )
         valid = attention_mask != 0
-        if bool(valid.all()):
+        # One look for both: on a GPU each waits for all work that was queued before.
+        nothing, at_end = torch.stack([valid.all(), (valid[:, :-1] >= valid[:, 1:]).all()]).tolist()
+        if nothing:
             return None
-        at_end = bool((valid[:, :-1] >= valid[:, 1:]).all())
         order = None if at_end else torch.argsort(valid.logical_not(), dim=1, stable=True)
         sequence = torch.zeros(shape, dtype=torch.int32, device=valid.device) if seq_idx is None else seq_idx
         sequence = sequence.masked_fill(~valid, -1)
