@@ -1,4 +1,4 @@
-"""Records to examples: pictures to pixels, conversations and documents to token ids and labels."""
+"""Records to examples: pictures to pixels, conversations and documents to token ids and labels, marks to classes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from vlmamba.data.collate import NO_LABEL, Example, truncate
 from vlmamba.data.records import BadSampleError, Record, locate
+from vlmamba.data.scenes.marks import patch_classes
 from vlmamba.models.processor import VLMambaProcessor
 
 
@@ -75,6 +77,8 @@ class Encoder:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _tokens(self, record: Record, images: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        if record.marks is not None:
+            return self._patches(record)
         try:
             if record.text is not None:
                 encoded = self.processor.encode_text(record.text)
@@ -84,3 +88,14 @@ class Encoder:
         except ValueError as problem:
             raise BadSampleError(f"{record.id}: {problem}") from problem
         return np.asarray(encoded["input_ids"]), np.asarray(encoded["labels"])
+
+    def _patches(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        """The classes of all patches, field by field, where else the labels of tokens stand: after a first one that,
+        as everywhere, nothing stands before. The ids say no more than that all is about the image."""
+        (image,), processor = record.images, self.processor
+        assert isinstance(image, Image.Image)
+        assert record.marks is not None
+        rows, columns = (edge // processor.patch_size for edge in processor.image_size)
+        classes = patch_classes(record.marks, image.width, rows, columns)
+        labels = np.concatenate(([NO_LABEL], classes.reshape(-1)))
+        return np.full_like(labels, processor.image_token_id), labels

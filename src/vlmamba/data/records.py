@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 
 from PIL import Image
 
+from vlmamba.data.scenes.marks import Mark
+
 PLACEHOLDER = "<image>"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".JPG", ".JPEG", ".PNG")
 """Under which a picture may lie that the data name by another."""
@@ -33,12 +35,14 @@ class Record:
         turns: (question, answer) pairs, without image placeholders: the images stand before the first question.
         images: what the conversation is about.
         text: a document for the language model alone; then there are no turns.
+        marks: what lies where in the one image, for an encoder alone; then there are no turns either.
     """
 
     id: str
     turns: tuple[tuple[str, str], ...] = ()
     images: tuple[Picture, ...] = ()
     text: str | None = None
+    marks: tuple[Mark, ...] | None = None
 
 
 def llava_record(entry: Any, number: int, images: Path | None) -> Record:

@@ -19,7 +19,8 @@ class ScenesConfig:
 
     seed: int = 0
     split: str = "train"
-    what: Literal["caption", "description", "conversation", "text"] = "conversation"
+    what: Literal["caption", "description", "conversation", "text", "patches"] = "conversation"
+    """What is learned of a scene; `patches`: what lies where, for an encoder that is trained alone."""
     questions: int = 8
     """Most questions asked of one scene."""
     kinds: dict[str, float] | None = None
@@ -115,7 +116,7 @@ class ParquetSource:
 
 
 class ScenesSource:
-    """Scenes of the procedural world: captions, dense descriptions, conversations about them, or plain text."""
+    """Scenes of the procedural world: captions, dense descriptions, conversations about them, plain text, or marks."""
 
     def __init__(self, config: ScenesConfig, size: int, weight: float = 1.0):
         self.config = config
@@ -128,6 +129,9 @@ class ScenesSource:
         what = self.config.what
         if what == "text":
             return Record(id=name, text=self.world.text(index))
+        if what == "patches":
+            image, marks = self.world.marked(index)
+            return Record(id=name, images=(image,), marks=tuple(marks))
         scene = self.world.sample(index)
         if what == "conversation":
             turns = tuple((_as_asked(q, index + i), q.answer) for i, q in enumerate(scene.questions))

@@ -20,12 +20,13 @@ from vlmamba.models.vision import VisionTower, build_vision_tower
 from vlmamba.models.vlm import VLMambaForConditionalGeneration
 from vlmamba.models.weights import load_language, load_vision
 from vlmamba.training.config import ConfigError, ModelConfig
+from vlmamba.training.patches import PatchReader
 
 STAGE = "stage:"
 MODEL_FOLDER = "model"
 """Where in its run folder a finished run keeps its model."""
 
-Model = VLMambaForConditionalGeneration | VLMambaForCausalLM
+Model = VLMambaForConditionalGeneration | VLMambaForCausalLM | PatchReader
 
 
 NANO = "nano"
@@ -81,6 +82,9 @@ def build(config: ModelConfig, image_mode: str) -> tuple[Model, VLMambaProcessor
         processor.image_mode = image_mode
         return VLMambaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32), processor
     tokenizer = _tokenizer(config)
+    if config.language is None:
+        tower, image_processor = _vision(config)
+        return PatchReader(tower), VLMambaProcessor(image_processor, tokenizer, tower.patch_size, image_mode=image_mode)
     language = _language(config.language, tokenizer)
     if config.vision is None:
         return language, _text_processor(tokenizer)
@@ -105,7 +109,14 @@ def build(config: ModelConfig, image_mode: str) -> tuple[Model, VLMambaProcessor
 
 
 def save(model: Model, processor: VLMambaProcessor, folder: Path, state: dict[str, torch.Tensor]) -> None:
-    """Model and processor in one folder, as `from_pretrained` loads them; `state` holds the weights, by name."""
+    """Model and processor in one folder, as `from_pretrained` loads them; `state` holds the weights, by name. Of an
+    encoder trained alone: the encoder as transformers keeps it, without the heads."""
+    if isinstance(model, PatchReader):
+        encoder, prefix = model.vision_tower.model, "vision_tower.model."
+        kept = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        encoder.save_pretrained(folder, state_dict=kept)
+        processor.image_processor.save_pretrained(folder)
+        return
     model.save_pretrained(folder, state_dict=state)
     if isinstance(model, VLMambaForConditionalGeneration):
         processor.save_pretrained(folder)

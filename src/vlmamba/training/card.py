@@ -8,6 +8,7 @@ import yaml
 from torch import nn
 
 from vlmamba.training.config import RunConfig, to_mapping
+from vlmamba.training.patches import PatchReader
 
 _USE = """\
 ```python
@@ -31,18 +32,34 @@ model = VLMambaForCausalLM.from_pretrained("FOLDER")
 ```
 """
 
+_USE_ENCODER = """\
+```python
+from vlmamba import VLMambaForConditionalGeneration
+
+model = VLMambaForConditionalGeneration.from_parts(vision="FOLDER", language="a language model", vision_layer=-1)
+```
+"""
+
 
 def write_card(folder: Path, model: nn.Module, config: RunConfig, seconds: float, loss: float | None) -> None:
     """README.md: what this is, how to load it (`import vlmamba` first), and how it was made."""
-    has_images = hasattr(model, "vision_tower")
-    parameters = sum(p.numel() for p in model.parameters())
+    kind, tag, use = _kind(model)
+    parameters = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("heads."))
     end = "" if loss is None else f", final training loss {loss:.3f}"
     recipe = yaml.safe_dump(to_mapping(config), sort_keys=False)
     (folder / "README.md").write_text(
         "---\nlibrary_name: vlmamba\n"
-        + ("pipeline_tag: image-text-to-text\n" if has_images else "pipeline_tag: text-generation\n")
-        + f"---\n\n# {'VL-Mamba' if has_images else 'Mamba language model'}, {parameters / 1e6:.1f}M parameters\n\n"
-        + (_USE if has_images else _USE_LANGUAGE).replace("FOLDER", "path/to/this/folder")
+        + f"pipeline_tag: {tag}\n---\n\n# {kind}, {parameters / 1e6:.1f}M parameters\n\n"
+        + use.replace("FOLDER", "path/to/this/folder")
         + f"\n## Training\n\n{seconds / 60:.1f} minutes{end}, with this recipe:\n\n```yaml\n{recipe}```\n",
         encoding="utf-8",
     )
+
+
+def _kind(model: nn.Module) -> tuple[str, str, str]:
+    """What a model is, its tag on the Hub, and how it is loaded."""
+    if isinstance(model, PatchReader):
+        return "Vision encoder", "image-feature-extraction", _USE_ENCODER
+    if hasattr(model, "vision_tower"):
+        return "VL-Mamba", "image-text-to-text", _USE
+    return "Mamba language model", "text-generation", _USE_LANGUAGE

@@ -40,7 +40,7 @@ class ModelConfig:
 
     `vision` and `language` are each a local folder, a Hub id, `stage:NAME` (the result of another stage of the same
     pipeline), or a mapping of configuration fields for a part that starts from random weights. Without `vision` the
-    language model is trained alone, on text.
+    language model is trained alone, on text; without `language` the encoder, on what lies in the patches of scenes.
     """
 
     path: str | None = None
@@ -221,10 +221,14 @@ def _check_run(config: RunConfig) -> None:
     require(config.workers >= 0, f"workers: is {config.workers}; it must be 0 or more")
     _check_lora(config, require)
     if model.path is None:
-        require(model.language is not None, "model: name a path (an existing VL-Mamba), or a language part")
+        require(
+            model.language is not None or model.vision is not None,
+            "model: name a path (an existing VL-Mamba), a language part, or a vision encoder to be trained alone",
+        )
     else:
         require(
             model.vision is None and model.language is None,
+    _check_encoder(config, require)
             "model: path names a whole model; leave vision and language out, or leave path out",
         )
     require(
@@ -238,6 +242,27 @@ def _check_lora(config: RunConfig, require: Callable[[bool, str], None]) -> None
     if lora is None:
         return
     require(lora.rank >= 1, f"lora.rank: is {lora.rank}; it must be at least 1")
+def _check_encoder(config: RunConfig, require: Callable[[bool, str], None]) -> None:
+    """An encoder that is trained alone is kept whole, and learns from scenes' patches, as nothing else does."""
+    model = config.model
+    alone = model.vision is not None and model.language is None and model.path is None
+    for i, source in enumerate(config.data):
+        patches = source.scenes is not None and source.scenes.what == "patches"
+        require(alone or not patches, f"data.{i}.scenes.what: patches are for a model of a vision part alone")
+        require(patches or not alone, f"data.{i}: a vision part alone (no language) learns from scenes, what: patches")
+        require(
+            not patches or (source.scenes is not None and source.scenes.pictures),
+            f"data.{i}.scenes.pictures: patches are nothing without the picture",
+        )
+    if not alone:
+        return
+    layer = model.vision_layer
+    require(layer == -1, f"model.vision_layer: is {layer}; an encoder trained alone gives out its last layer, -1")
+    require(not model.vision_cls, "model.vision_cls: an encoder trained alone is asked for patches only")
+    require(not config.optim.pack, "optim.pack: pictures without text are not packed")
+    require(config.lora is None, "lora: an encoder trained alone is trained whole")
+
+
     require(bool(lora.targets), "lora.targets: is empty; name linear maps, such as in_proj")
     require(bool(lora.parts), "lora.parts: is empty; name vision, connector or language")
     for part in lora.parts:

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
+from vlmamba.data.scenes import FIELDS
 from vlmamba.models.connector import VSS
 from vlmamba.training.build import Model
 from vlmamba.training.config import PARTS, ConfigError, RunConfig
 from vlmamba.training.lora import add_adapters
 from vlmamba.training.optimizer import freeze, part_of
 from vlmamba.training.outline import outline
+from vlmamba.training.patches import PatchReader
 
 _COUNTS = {"blip_laion_cc_sbu_558k.json": 558_128, "llava_v1_5_mix665k.json": 665_298}
 """Samples of LLaVA's files, for a plan made where they are not."""
@@ -94,6 +96,8 @@ def estimate(
     optim = config.optim
     patches = model.vision_tower.num_tokens if hasattr(model, "vision_tower") else 0
     usual = min(optim.max_length, patches + _TEXT[config.stage.template])
+    if isinstance(model, PatchReader):
+        usual = 1 + len(FIELDS) * patches
     rows, length = optim.micro_batch, usual
     if optim.pack:
         length = optim.pack_into or optim.max_length
@@ -146,7 +150,7 @@ class _Memory:
         self.world = world
         self.shards = world if config.parallel == "fsdp" else 1
         self.sizes = {name: (p.numel(), p.requires_grad, p.ndim) for name, p in model.named_parameters()}
-        self.text: Any = model.config.get_text_config()
+        self.text: Any = None if isinstance(model, PatchReader) else model.config.get_text_config()
         self.learns = {part_of(name) for name, (_, trained, _) in self.sizes.items() if trained}
 
     def peak(self, tokens: int, images: int) -> dict[str, float]:
@@ -166,7 +170,12 @@ class _Memory:
             {"gradients": accumulated, "casts": self._casts(), "activations": kept + self._connector(images)}
             | {"work": max(self._loss(tokens), layer)},
             {"gradients": trained, "casts": 0.0, "activations": 0.0, "work": layer + self._connector(images)},
-            {"gradients": accumulated, "casts": 0.0, "activations": 0.0, "work": self._vision(images)},
+            {
+                "gradients": accumulated,
+                "casts": 0.0,
+                "activations": 0.0,
+                "work": self._vision(images) + self._heads(images),
+            },
         ]
         worst = fixed | max(moments, key=lambda moment: sum(moment.values()))
         return worst | {"peak": sum(worst.values())}
@@ -174,6 +183,8 @@ class _Memory:
     def _layers(self, tokens: int) -> tuple[float, float]:
         """Bytes that the backbone keeps for the backward pass, and those of one layer at work."""
         text, b = self.text, self.b
+        if text is None:
+            return 0.0, 0.0
         d, D, N = text.hidden_size, text.intermediate_size, text.state_size
         rank = int(text.time_step_rank)
         stream = (4 if text.residual_in_fp32 else b) * d
@@ -197,7 +208,7 @@ class _Memory:
         if not self.narrow:
             return 0.0
         blocks = [n for name, (n, _, dims) in self.sizes.items() if dims == 2 and part_of(name) == "language"]
-        if self.shards > 1:
+        if self.shards > 1 and self.text is not None:
             rest = sum(n for name, (n, _, _) in self.sizes.items() if ".layers." not in name)
             return 2.0 * (rest + 2 * sum(blocks) / max(1, self.text.num_hidden_layers))
         # Frozen weights are not cached by autocast, but kept by every layer whose backward pass needs them.
@@ -209,6 +220,8 @@ class _Memory:
         text_tokens = min(tokens * share, _LOSS_CHUNK)
         return text_tokens * self.text.vocab_size * (self.b + 4 + 4 + 4)
 
+        if self.text is None:
+            return 0.0
     def _connector(self, images: int) -> float:
         connector = getattr(self.model, "connector", None)
         if connector is None:
@@ -231,6 +244,12 @@ class _Memory:
 
 def _flops(parts: list[Part], config: RunConfig, patches: int) -> float:
     """Of a usual sample: two a parameter and token forward, as much again for the gradient of inputs and of weights."""
+    def _heads(self, images: int) -> float:
+        """Logits of all patches, once more in float32, and their gradients."""
+        if self.text is not None:
+            return 0.0
+        return float(images * self.model.vision_tower.num_tokens * self.model.heads.out_features * (2 * self.b + 8))
+
     tokens = min(config.optim.max_length, patches + _TEXT[config.stage.template])
     again = 2 if config.optim.checkpoint_activations else 0
     learns = {part.name for part in parts if part.trained}

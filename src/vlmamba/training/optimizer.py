@@ -19,7 +19,10 @@ _SSM = re.compile(r"(^|\.)(A_log|D|dt_bias)$")
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter belongs to; a language model trained alone has only that one."""
+    """The part that a parameter belongs to; a language model trained alone has only that one. The heads of an encoder
+    trained alone learn with it."""
+    if name.startswith("heads."):
+        return "vision"
     found = [part for part, module in MODULES.items() if re.search(rf"(^|\.){module}\.", name)]
     return found[0] if found else "language"
 

@@ -12,10 +12,12 @@ from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, MambaConfi
 import vlmamba
 from vlmamba.models.config import VLMambaConfig
 from vlmamba.models.mamba import VLMambaForCausalLM
+from vlmamba.models.vision import build_vision_tower
 from vlmamba.models.vlm import VLMambaForConditionalGeneration
 from vlmamba.models.weights import language_config, read_config
 from vlmamba.training.build import NANO, STAGE, Model
 from vlmamba.training.config import ConfigError, ModelConfig, RunConfig
+from vlmamba.training.patches import PatchReader
 
 
 def _mamba(width: int, layers: int) -> MambaConfig:
@@ -53,6 +55,10 @@ def outline(config: ModelConfig, earlier: Mapping[str, RunConfig] | None = None)
     Raises:
         ConfigError: a part of which neither a folder, the Hub nor an earlier stage tells the sizes.
     """
+    if config.path is None and config.language is None:
+        vision = _vision(config.vision, earlier or {})
+        with torch.device("meta"):
+            return PatchReader(build_vision_tower(vision, config.vision_layer, config.vision_cls))
     found = _whole(config, earlier or {})
     with torch.device("meta"):
         if isinstance(found, VLMambaConfig):
@@ -124,6 +130,8 @@ def _read_language(source: str) -> MambaConfig:
 def _vision(source: Any, earlier: Mapping[str, RunConfig]) -> Any:
     stage = _stage(source, earlier)
     if stage is not None:
+        if stage.model.path is None and stage.model.language is None:
+            return _vision(stage.model.vision, earlier)
         whole = _whole(stage.model, earlier)
         assert isinstance(whole, VLMambaConfig)
         return whole.vision_config

@@ -199,6 +199,7 @@ class Trainer:
         if self.config.optim.time_budget:
             eta = min(eta, 60 * self.config.optim.time_budget - self.progress.seconds)
         lr = self.step.optimizer.param_groups[0]
+        notes = getattr(self.step.model, "notes", None)
         self.logger.log(
             interval.line(
                 step=self.progress.step,
@@ -210,6 +211,8 @@ class Trainer:
                 device=self.step.device,
             )
         )
+        if notes is not None:
+            self.logger.say(notes())
 
     def _save(self) -> Path:
         self._check()

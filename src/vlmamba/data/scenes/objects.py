@@ -9,7 +9,7 @@ from random import Random
 from vlmamba.data.scenes.deck import WRITTEN_SET, Deck, draw_background
 from vlmamba.data.scenes.scene import SIDE, Group, Item, Scene
 from vlmamba.data.scenes.sprites import FACES, SHAPE_AREA, available_things, text_size, thing_ratio
-from vlmamba.data.scenes.vocabulary import FILLS, SHAPES, SIZE_PX, SIZES, SMALLEST_THING, plural
+from vlmamba.data.scenes.vocabulary import FILLS, SHAPES, SIZE_PX, SIZES, SMALLEST_THING, plural, written_size
 
 _MOST = 6  # the highest count asked for
 _HIDDEN = 0.22  # the part of an item that others may hide, by a bound that is never exceeded
@@ -39,7 +39,7 @@ def new_text(deck: Deck, kind: str, name: str, colour: str, px: int, face: int |
     text = {"i": "i", "l": "L"}.get(name) or deck.rng.choice(written if name in WRITTEN_SET else written[:3])
     face = deck.rng.randrange(FACES) if face is None else face
     width, height = text_size(text, face, px)
-    size = "small" if px < 17 else "medium" if px < 27 else "large"
+    size = written_size(px)
     return Item(kind, name, colour, size=size, px=px, width=width, height=height, text=text, face=face)
 
 

@@ -8,6 +8,7 @@ from vlmamba.data.scenes.deck import Deck, contrasting, draw_background, legible
 from vlmamba.data.scenes.objects import any_object, new_text
 from vlmamba.data.scenes.scene import SIDE, Chart, Item, Scene, Table
 from vlmamba.data.scenes.sprites import FACES, available_things, text_size, thing_ratio
+from vlmamba.data.scenes.vocabulary import written_size
 
 _PANELS = ((250, 248, 240), (235, 240, 250), (252, 244, 214), (44, 46, 58), (30, 62, 66))
 _LETTER_PX = (12, 40)
@@ -61,7 +62,7 @@ def _lines(deck: Deck, scene: Scene, content: str, room: int) -> None:
             px -= 1
             width, height = text_size(item.text, item.face, px)
             item.px, item.width, item.height = px, width, height
-        item.size = "small" if px < 17 else "medium" if px < 27 else "large"
+        item.size = written_size(px)
         items.append(item)
     spare = room - sum(i.height for i in items)
     cuts = sorted(rng.uniform(0, max(0.0, spare - 4 * len(items))) for _ in items)

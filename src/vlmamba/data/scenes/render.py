@@ -1,36 +1,87 @@
-"""Drawing a symbolic scene with Pillow, at any size."""
+"""Drawing a symbolic scene with Pillow, at any size, and telling what was drawn where."""
 
 from __future__ import annotations
 
 import random
 from functools import cache
+from itertools import pairwise
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from vlmamba.data.scenes import sprites
+from vlmamba.data.scenes.marks import BAR_ENDS, Mark
 from vlmamba.data.scenes.pages import PLOT, PLOT_LYING, TOP, cell_edges
 from vlmamba.data.scenes.scene import SIDE, Background, Item, Scene
-from vlmamba.data.scenes.vocabulary import COLOURS
+from vlmamba.data.scenes.vocabulary import COLOURS, written_size
 
 RGB = tuple[int, int, int]
 _TEXTURES = 24
 _TICK_PX = 11
 _LABEL_PX = 12
+_HEAD_PX = 13
 
 
-def render(scene: Scene, size: int = SIDE) -> Image.Image:
-    """An RGB picture of `size` by `size`. The same scene gives the same pixels wherever the same fonts are."""
-    scale = size / SIDE
-    image = _ground(scene.background, size)
+def render(scene: Scene, size: int = SIDE, marks: list[Mark] | None = None) -> Image.Image:
+    """An RGB picture of `size` by `size`. The same scene gives the same pixels wherever the same fonts are.
+
+    To `marks` is added what was drawn and where, in the order of drawing.
+    """
+    canvas = _Canvas(_ground(scene.background, size), size / SIDE, marks)
     if scene.panel:
-        image.paste(scene.panel_colour, tuple(round(v * scale) for v in scene.panel))
+        canvas.image.paste(scene.panel_colour, tuple(round(v * canvas.scale) for v in scene.panel))
     if scene.table:
-        _table(image, scene, scale)
+        _table(canvas, scene)
     if scene.chart:
-        _chart(image, scene, scale)
+        _chart(canvas, scene)
     for item in scene.items:
-        _item(image, item, scale)
-    return image
+        _item(canvas, item)
+    return canvas.image
+
+
+class _Canvas:
+    """A picture and the account of what is drawn on it. Places are middles, in pixels of the picture."""
+
+    def __init__(self, image: Image.Image, scale: float, marks: list[Mark] | None) -> None:
+        self.image, self.scale, self.marks = image, scale, marks
+
+    def thing(self, name: str, px: int, x: float, y: float, size: str = "") -> None:
+        picture = sprites.thing(name, px)
+        box = self._box(picture, x, y)
+        self.image.paste(picture, box[:2], picture)
+        if self.marks is not None:
+            self.marks.append(Mark(name, box, size=size, cover=sprites.thing_cover(name, px)))
+
+    def shape(self, item: Item, px: int, x: float, y: float) -> None:
+        mask = sprites.shape_mask(item.name, item.fill, px)
+        box = self._box(mask, x, y)
+        self.image.paste(COLOURS[item.colour], box[:2], mask)
+        if self.marks is not None:
+            cover = sprites.shape_cover(item.name, px)
+            self.marks.append(Mark(item.name, box, item.colour, item.fill, item.size, cover))
+
+    def patch(self, colour: str, box: tuple[int, int, int, int]) -> None:
+        """A rectangle, right and bottom edge not included."""
+        self.image.paste(COLOURS[colour], box)
+        if self.marks is not None:
+            cover = np.ones((box[3] - box[1], box[2] - box[0]), bool)
+            self.marks.append(Mark("patch", box, colour, cover=cover))
+
+    def write(self, text: str, face: int, px: int, x: float, y: float, ink: RGB, colour: str) -> None:
+        mask = sprites.text_mask(text, face, px)
+        box = self._box(mask, x, y)
+        self.image.paste(ink, box[:2], mask)
+        if self.marks is not None:
+            size = written_size(px / self.scale)
+            edges = [box[0] + edge for edge in sprites.character_edges(text, face, px)]
+            for character, (start, end) in zip(text.lower(), pairwise(edges)):
+                if character != " ":
+                    self.marks.append(Mark(character, (start, box[1], end, box[3]), colour, size=size))
+
+    @staticmethod
+    def _box(picture: Image.Image, x: float, y: float) -> tuple[int, int, int, int]:
+        left, top = round(x - picture.width / 2), round(y - picture.height / 2)
+        return left, top, left + picture.width, top + picture.height
 
 
 @cache
@@ -72,61 +123,50 @@ def _ground(background: Background, size: int) -> Image.Image:
     return image
 
 
-def _item(image: Image.Image, item: Item, scale: float) -> None:
-    px = max(1, round(item.px * scale))
+def _item(canvas: _Canvas, item: Item) -> None:
+    px, x, y = max(1, round(item.px * canvas.scale)), item.x * canvas.scale, item.y * canvas.scale
     if item.kind == "thing":
-        picture = sprites.thing(item.name, px)
-        image.paste(picture, _corner(item, picture, scale), picture)
+        canvas.thing(item.name, px, x, y, item.size)
     elif item.kind == "patch":
-        image.paste(COLOURS[item.colour], tuple(round(v * scale) for v in item.box))
+        left, top, right, bottom = (round(v * canvas.scale) for v in item.box)
+        canvas.patch(item.colour, (left, top, right, bottom))
+    elif item.kind == "shape":
+        canvas.shape(item, px, x, y)
     else:
-        mask = (
-            sprites.shape_mask(item.name, item.fill, px)
-            if item.kind == "shape"
-            else sprites.text_mask(item.text, item.face, px)
-        )
-        image.paste(COLOURS[item.colour], _corner(item, mask, scale), mask)
+        canvas.write(item.text, item.face, px, x, y, COLOURS[item.colour], item.colour)
 
 
-def _corner(item: Item, picture: Image.Image, scale: float) -> tuple[int, int]:
-    return round(item.x * scale - picture.width / 2), round(item.y * scale - picture.height / 2)
+def _ink(scene: Scene) -> tuple[str, RGB]:
+    """The colour that lines and their labels have on this ground, and its name."""
+    return ("black", (30, 30, 30)) if sum(scene.background.base) > 380 else ("white", (238, 238, 238))
 
 
-def _ink(scene: Scene) -> RGB:
-    return (30, 30, 30) if sum(scene.background.base) > 380 else (238, 238, 238)
-
-
-def _write(image: Image.Image, text: str, face: int, px: float, x: float, y: float, ink: RGB) -> None:
-    """Text with its middle at (x, y), in pixels of the picture."""
-    mask = sprites.text_mask(text, face, round(px))
-    image.paste(ink, (round(x - mask.width / 2), round(y - mask.height / 2)), mask)
-
-
-def _table(image: Image.Image, scene: Scene, scale: float) -> None:
-    table, ink = scene.table, _ink(scene)
+def _table(canvas: _Canvas, scene: Scene) -> None:
+    table, (colour, ink), scale = scene.table, _ink(scene), canvas.scale
     assert table is not None
     left, top, wide, high = (v * scale for v in cell_edges(table))
-    draw = ImageDraw.Draw(image)
+    draw = ImageDraw.Draw(canvas.image)
     right, bottom = left + wide * table.columns, top + high * table.rows
     for row in range(table.rows + 1):
         draw.line((left, top + high * row, right, top + high * row), fill=ink)
     for column in range(table.columns + 1):
         draw.line((left + wide * column, top, left + wide * column, bottom), fill=ink)
     if table.headed:
+        px = round(_HEAD_PX * scale)
         for row in range(table.rows):
-            _write(image, str(row + 1), 1, 13 * scale, left / 2, top + high * (row + 0.5), ink)
+            canvas.write(str(row + 1), 1, px, left / 2, top + high * (row + 0.5), ink, colour)
         for column in range(table.columns):
-            _write(image, "ABCD"[column], 1, 13 * scale, left + wide * (column + 0.5), top / 2, ink)
+            canvas.write("ABCD"[column], 1, px, left + wide * (column + 0.5), top / 2, ink, colour)
 
 
-def _chart(image: Image.Image, scene: Scene, scale: float) -> None:
-    chart, ink = scene.chart, _ink(scene)
+def _chart(canvas: _Canvas, scene: Scene) -> None:
+    chart, (colour, ink), scale = scene.chart, _ink(scene), canvas.scale
     assert chart is not None
     base = scene.background.base
     faint = tuple((3 * b + i) // 4 for b, i in zip(base, ink))
     strong = tuple((b + i) // 2 for b, i in zip(base, ink))
     left, top, right, bottom = (v * scale for v in (PLOT_LYING if chart.horizontal else PLOT))
-    draw = ImageDraw.Draw(image)
+    draw = ImageDraw.Draw(canvas.image)
     unit = (right - left if chart.horizontal else bottom - top) / TOP
     for value in range(TOP + 1):
         shade = strong if value % 5 == 0 else faint
@@ -134,26 +174,38 @@ def _chart(image: Image.Image, scene: Scene, scale: float) -> None:
         draw.line((at, top, at, bottom) if chart.horizontal else (left, at, right, at), fill=shade)
         if value % 5 == 0:
             x, y = (at, bottom + 8 * scale) if chart.horizontal else (left - 9 * scale, at)
-            _write(image, str(value), 0, _TICK_PX * scale, x, y, ink)
+            canvas.write(str(value), 0, round(_TICK_PX * scale), x, y, ink, colour)
     step = (bottom - top if chart.horizontal else right - left) / len(chart.values)
-    for index, (label, colour, value) in enumerate(zip(chart.labels, chart.colours, chart.values)):
+    for index, (label, hue, value) in enumerate(zip(chart.labels, chart.colours, chart.values)):
         middle = (top if chart.horizontal else left) + step * (index + 0.5)
         low, high = middle - step * 0.32, middle + step * 0.32
+        length, room = unit * value, min(18.0 * scale, step - 2)
         if chart.horizontal:
-            draw.rectangle((left, low, left + unit * value, high), fill=COLOURS[colour])
-            _label(image, scene, label, left / 2, middle, min(18.0 * scale, step - 2), ink)
+            _bar(canvas, hue, value, (left, low, left + length, high), horizontal=True)
+            _label(canvas, scene, label, left / 2, middle, room)
         else:
-            draw.rectangle((low, bottom - unit * value, high, bottom), fill=COLOURS[colour])
-            _label(image, scene, label, middle, bottom + 10 * scale, min(18.0 * scale, step - 2), ink)
+            _bar(canvas, hue, value, (low, bottom - length, high, bottom), horizontal=False)
+            _label(canvas, scene, label, middle, bottom + 10 * scale, room)
     draw.line((left, top, left, bottom), fill=ink)
     draw.line((left, bottom, right, bottom), fill=ink)
 
 
-def _label(image: Image.Image, scene: Scene, label: str, x: float, y: float, px: float, ink: RGB) -> None:
+def _bar(canvas: _Canvas, colour: str, value: int, box: tuple[float, float, float, float], horizontal: bool) -> None:
+    """A bar, whose length its end tells: the last two pixels of it."""
+    left, top, right, bottom = box
+    ImageDraw.Draw(canvas.image).rectangle(box, fill=COLOURS[colour])
+    if canvas.marks is not None:
+        cover = np.ones((int(bottom) - int(top) + 1, int(right) - int(left) + 1), bool)
+        canvas.marks.append(Mark("bar", box, colour, cover=cover, centred=False))
+        end = (right - 2, top, right, bottom) if horizontal else (left, top, right, top + 2)
+        canvas.marks.append(Mark(BAR_ENDS[value - 1], end, colour))
+
+
+def _label(canvas: _Canvas, scene: Scene, label: str, x: float, y: float, px: float) -> None:
     assert scene.chart is not None
     if scene.chart.labelled == "thing":
-        picture = sprites.thing(label, round(px))
-        image.paste(picture, (round(x - picture.width / 2), round(y - picture.height / 2)), picture)
+        canvas.thing(label, round(px), x, y)
     else:
-        size = _LABEL_PX if scene.chart.labelled == "word" else 13
-        _write(image, label, scene.chart.face, size * image.width / SIDE, x, y, ink)
+        size = round((_LABEL_PX if scene.chart.labelled == "word" else _HEAD_PX) * canvas.scale)
+        colour, ink = _ink(scene)
+        canvas.write(label, scene.chart.face, size, x, y, ink, colour)

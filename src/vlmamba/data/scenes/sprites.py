@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from vlmamba.data.scenes.vocabulary import THINGS
@@ -86,6 +87,12 @@ def thing(name: str, px: int) -> Image.Image:
     scale = px / max(glyph.size)
     size = (max(1, round(glyph.width * scale)), max(1, round(glyph.height * scale)))
     return glyph.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+@cache
+def thing_cover(name: str, px: int) -> np.ndarray:
+    """Which pixels of its picture a thing covers, (height, width) bool."""
+    return np.asarray(thing(name, px).getchannel("A")) >= 128
 
 
 @cache
@@ -165,6 +172,12 @@ def shape_mask(shape: str, fill: str, px: int) -> Image.Image:
     return mask.reduce(_OVERSAMPLE)
 
 
+@cache
+def shape_cover(shape: str, px: int) -> np.ndarray:
+    """Which pixels lie within a shape's outline, whatever fills it, (px, px) bool."""
+    return np.asarray(shape_mask(shape, "solid", px)) >= 128
+
+
 def _pitch(px: int) -> int:
     return 4 if px < 30 else 6
 
@@ -191,14 +204,26 @@ def _face(index: int, px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 @lru_cache(maxsize=4096)
-def text_mask(text: str, face: int, px: int) -> Image.Image:
-    """Mask of a line of text, cropped to its ink; `px` is the font's size (capitals are about 0.73 of it)."""
+def _line(text: str, face: int, px: int) -> tuple[Image.Image, float]:
+    """Mask of a line of text, cropped to its ink, and how far left of it the pen began."""
     font = _face(face, px)
     left, top, right, bottom = font.getbbox(text)
     canvas = Image.new("L", (int(right - left) + 2, int(bottom - top) + 2))
     ImageDraw.Draw(canvas).text((1 - left, 1 - top), text, font=font, fill=255)
-    box = canvas.getbbox()
-    return canvas.crop(box) if box else canvas
+    box = canvas.getbbox() or (0, 0, *canvas.size)
+    return canvas.crop(box), box[0] - (1 - left)
+
+
+def text_mask(text: str, face: int, px: int) -> Image.Image:
+    """Mask of a line of text, cropped to its ink; `px` is the font's size (capitals are about 0.73 of it)."""
+    return _line(text, face, px)[0]
+
+
+@lru_cache(maxsize=4096)
+def character_edges(text: str, face: int, px: int) -> tuple[float, ...]:
+    """Where each character of a line begins, and the last one ends, in pixels from the left edge of its mask."""
+    font, start = _face(face, px), _line(text, face, px)[1]
+    return tuple(font.getlength(text[:count]) - start for count in range(len(text) + 1))
 
 
 @lru_cache(maxsize=16384)

@@ -83,6 +83,11 @@ def article(phrase: str) -> str:
     return ("an " if phrase[0] in "aeiou" and not phrase.startswith("unicorn") else "a ") + phrase
 
 
+def written_size(px: float) -> str:
+    """The world's word for text of a font's size."""
+    return SIZES[0] if px < 17 else SIZES[1] if px < 27 else SIZES[2]
+
+
 @cache
 def held_out_pair(colour: str, shape: str) -> bool:
     """Whether this colour of this shape is kept out of training: one in ten, one for every colour and every shape."""

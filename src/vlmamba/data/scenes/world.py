@@ -11,6 +11,7 @@ from PIL import Image
 from vlmamba.data.scenes import objects, options, pages, read, related, seen
 from vlmamba.data.scenes.deck import Deck
 from vlmamba.data.scenes.describe import caption, description
+from vlmamba.data.scenes.marks import Mark
 from vlmamba.data.scenes.question import Asker, Question
 from vlmamba.data.scenes.render import render
 from vlmamba.data.scenes.scene import SIDE, Scene
@@ -179,6 +180,11 @@ class World:
         questions = self._ask(scene, rng)
         said, told = caption(scene, rng), description(scene, rng)
         return SceneSample(render(scene, self.size), said, told, questions)
+
+    def marked(self, index: int) -> tuple[Image.Image, list[Mark]]:
+        """The picture of sample `index` and what is drawn where, in the order of drawing; no words are made."""
+        marks: list[Mark] = []
+        return render(self.scene(index), self.size, marks), marks
 
     def text(self, index: int) -> str:
         """A passage that describes a scene in full and asks about it, without drawing: for language pre-training."""
