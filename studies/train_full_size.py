@@ -2,12 +2,12 @@
 
     python studies/train_full_size.py --stage 2 --json out/stage2.json
     torchrun --standalone --nproc-per-node 2 studies/train_full_size.py --stage 2 --parallel fsdp --json out/two.json
-    torchrun --standalone --nproc-per-node 2 studies/train_full_size.py --size 7b --parallel fsdp --steps 10 --resume
     python studies/train_full_size.py --toy
 
-Weights are random; everything else is as in the paper's stages: SigLIP-SO400M at 384 px, vss-l2 over bsm, the chat
-templates, and image files (JPEG, 640 px) read, decoded and packed by loader processes through the real trainer's parts.
-`--resume` saves a checkpoint after the steps, makes one more step, goes back to the checkpoint and makes it again.
+(`studies/train_on_gpus.py` runs all rows of a machine's table.) Weights are random; everything else is as in the
+paper's stages: SigLIP-SO400M at 384 px, vss-l2 over bsm, the chat templates, and image files (JPEG, 640 px) read,
+decoded and packed by loader processes through the real trainer's parts. `--resume` saves a checkpoint after the steps,
+makes one more step, goes back to the checkpoint and makes it again.
 """
 
 from __future__ import annotations
@@ -15,25 +15,31 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
+import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from vlmamba.data.collate import Batch
+from vlmamba.data.processes import in_parallel
 from vlmamba.data.scenes.export import write
 from vlmamba.training import build, launch
 from vlmamba.training.checkpoint import Checkpoints, Progress
 from vlmamba.training.config import RunConfig, TokenizerConfig, from_mapping
-from vlmamba.training.estimate import _flops, _Memory, _parts
-from vlmamba.training.optimizer import set_rates
+from vlmamba.training.estimate import estimate
+from vlmamba.training.optimizer import part_of, set_rates
 from vlmamba.training.parallel import World, joined
 from vlmamba.training.stages import learn_tokenizer
-from vlmamba.training.step import Tally
+from vlmamba.training.step import Step, Tally
 
 SIZES = {"2.8b": (2560, 64), "7b": (4096, 64), "1.4b": (2048, 48), "toy": (32, 2)}
 SIGLIP = {
@@ -49,18 +55,13 @@ SKIP = 2
 
 def main() -> None:
     options = parse()
-    with joined(options.device) as world, tempfile.TemporaryDirectory() as own:
-        folder = Path(world.from_main(lambda: own))
-        world.from_main(lambda: make_files(folder, options))
+    if options.wait:  # everything is imported: the next row of a table begins as soon as the one before is done
+        sys.stdin.readline()
+    with joined(options.device) as world, folders(options, world) as (data, scratch):
         device = launch.pick_device(options.device, world)
-        config = recipe(folder, options)
-        found = measure(config, device, world, options)
+        found = measure(recipe(data, scratch, options), device, world, options)
         if world.is_main:
-            text = json.dumps(found, indent=1)
-            print(text)
-            if options.json:
-                options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(text)
+            keep(found, options.json)
         world.sum([0])  # the files are removed when all are done
 
 
@@ -68,75 +69,104 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Training steps at full size.")
     parser.add_argument("--stage", type=int, default=2, choices=(1, 2))
     parser.add_argument("--size", default="2.8b", choices=SIZES)
-    parser.add_argument("--steps", type=int, default=12, help="steps, of which the first two are not timed")
-    parser.add_argument("--global-batch", type=int, default=None, help="default: the paper's, 256 and 128")
-    parser.add_argument("--micro-batch", type=int, default=16, help="samples")
+    parser.add_argument("--steps", type=int, default=7, help="steps, of which the first two are not timed")
+    parser.add_argument("--micro-batch", type=int, default=16, help="samples; 16 fill two rows of 8192 tokens")
+    parser.add_argument("--accumulate", type=int, default=2, help="micro-batches of a step on each device")
     parser.add_argument("--pack-into", type=int, default=8192, help="tokens of a row")
-    parser.add_argument("--keep-activations", action="store_true", help="no activation checkpointing")
+    parser.add_argument(
+        "--recompute", type=float, default=0.0, help="share of the blocks under activation checkpointing"
+    )
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--parallel", default="ddp", choices=("ddp", "fsdp"))
-    parser.add_argument("--images", type=int, default=512, help="image files that are made and read")
-    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--images", type=int, default=384, help="image files that are made and read")
+    parser.add_argument("--data", type=Path, default=None, help="where files made before lie; default: they are made")
+    parser.add_argument("--scratch", type=Path, default=None, help="where checkpoints go; default: a temporary folder")
+    parser.add_argument("--workers", type=int, default=8, help="loader processes of each device")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--toy", action="store_true", help="a few thousand parameters, to see that all of it runs")
     parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--wait", action="store_true", help="begin at a line on stdin")
     options = parser.parse_args()
     if options.toy:
         options.size, options.images, options.workers, options.steps = "toy", 8, 0, min(options.steps, 4)
-        options.global_batch, options.micro_batch, options.pack_into = 4, 2, 1024
+        options.micro_batch, options.pack_into = 2, 1024
     return options
 
 
-def make_files(folder: Path, options: argparse.Namespace) -> None:
-    """A LLaVA JSON with JPEG files, and a tokenizer."""
-    write(
-        folder / "data",
-        f"llava-stage{options.stage}",
-        options.images,
-        0,
-        size=56 if options.toy else 640,
-        progress=False,
-    )
-    (file,) = (folder / "data").glob("*.json")
-    file.write_text(file.read_text().replace(".png", ".jpg"))
-    for picture in (folder / "data").rglob("*.png"):
-        Image.open(picture).convert("RGB").save(picture.with_suffix(".jpg"), quality=90)
-        picture.unlink()
+@contextmanager
+def folders(options: argparse.Namespace, world: World) -> Iterator[tuple[Path, Path]]:
+    """The data, made unless they are there, and a folder for what a run writes, which goes away."""
+    with tempfile.TemporaryDirectory(dir=options.scratch) as own:
+        scratch = Path(world.from_main(lambda: own))
+        data = options.data or scratch / "data"
+        if options.data is None:
+            world.from_main(lambda: make_files(data, options.images, options.toy))
+        yield data, scratch
+
+
+def make_files(folder: Path, images: int, toy: bool) -> None:
+    """LLaVA JSON with JPEG files for both stages, `stage1.json` and `stage2.json`, and a tokenizer, `tok`."""
+    folder.mkdir(parents=True)
+    each = 8 if toy else 32
+    chunks = [
+        (folder / f"stage{stage}-{k}", stage, min(each, images - first), k, 56 if toy else 640)
+        for stage in (1, 2)
+        for k, first in enumerate(range(0, images, each))
+    ]
+    entries: dict[int, list[Any]] = {1: [], 2: []}
+    for chunk, made in zip(chunks, in_parallel(_draw, chunks, "drawing"), strict=True):
+        entries[chunk[1]] += made
+    for stage, of in entries.items():
+        (folder / f"stage{stage}.json").write_text(json.dumps(of))
     learn_tokenizer(
         from_mapping(TokenizerConfig, {"scenes": {"seed": 1, "what": "text"}, "samples": 200}), folder / "tok"
     )
 
 
-def recipe(folder: Path, options: argparse.Namespace) -> RunConfig:
+def _draw(chunk: tuple[Path, int, int, int, int]) -> list[Any]:
+    """Some pictures of a stage, as JPEG files; their entries, with paths from the folder above."""
+    folder, stage, count, seed, size = chunk
+    write(folder, f"llava-stage{stage}", count, seed, size=size, progress=False)
+    for picture in folder.rglob("*.png"):
+        Image.open(picture).convert("RGB").save(picture.with_suffix(".jpg"), quality=90)
+        picture.unlink()
+    (file,) = folder.glob("*.json")
+    entries = json.loads(file.read_text())
+    for entry in entries:
+        if "image" in entry:
+            entry["image"] = f"{folder.name}/{Path(entry['image']).with_suffix('.jpg')}"
+    return entries
+
+
+def recipe(data: Path, scratch: Path, options: argparse.Namespace) -> RunConfig:
     """The paper's stage, with fresh parts of the size asked for."""
     width, layers = SIZES[options.size]
-    (file,) = (folder / "data").glob("*.json")
     rates = {"connector": {"lr": 1e-3}} if options.stage == 1 else {p: {"lr": 2e-5} for p in ("connector", "language")}
     template, image_mode = ("plain", "crop") if options.stage == 1 else ("v1", "pad")
     forms = {"template": template, "image_mode": image_mode}
     return from_mapping(
         RunConfig,
         {
-            "output": str(folder / "run"),
+            "output": str(scratch / "run"),
             "model": {
                 "vision": TOY if options.toy else SIGLIP,
                 "language": {
                     "hidden_size": width, "num_hidden_layers": layers, "state_size": 16, "residual_in_fp32": True,
                     "vocab_size": 1024 if options.toy else 50280,
                 },
-                "tokenizer": str(folder / "tok"),
+                "tokenizer": str(data / "tok"),
             },
-            "data": [{"llava": {"file": str(file), "images": str(folder / "data")}}],
+            "data": [{"llava": {"file": str(data / f"stage{options.stage}.json"), "images": str(data)}}],
             "stage": rates | forms,
             "optim": {
-                "global_batch": options.global_batch or (256 if options.stage == 1 else 128),
+                "global_batch": options.micro_batch * options.accumulate * int(os.environ.get("WORLD_SIZE", "1")),
                 "micro_batch": options.micro_batch,
                 "max_steps": 10_000,
                 "max_length": min(2048, options.pack_into),
                 "pack": True,
                 "pack_into": options.pack_into,
-                "checkpoint_activations": not options.keep_activations,
+                "checkpoint_activations": options.recompute,
                 "compile": options.compile,
             },
             "workers": options.workers,
@@ -148,98 +178,125 @@ def recipe(folder: Path, options: argparse.Namespace) -> RunConfig:
 
 def measure(config: RunConfig, device: torch.device, world: World, options: argparse.Namespace) -> dict[str, Any]:
     """Times the steps and gathers the numbers of the main process."""
+    began = time.perf_counter()
     rate = product_rate(device)
-    launch.seed_all(config.seed)
-    with build.quiet(), torch.device(device):  # fresh weights are drawn where they are drawn fastest
-        model, processor = build.build(config.model, config.stage.image_mode)
-    parts = _parts_of(model, config)
-    step = launch.make_step(model, processor, config, device, world)
-    set_rates(step.optimizer, 1.0)
-    feed = launch.make_feed(config, processor, device, world)
+    step, feed, patches = prepared(config, device, world)
+    per_token, per_patch = arithmetic(step.model)
     batches = feed.batches()
-    waits, results, rows = [], [], (0, 0)
-    started = time.perf_counter()
-    for number in range(options.steps):
-        if number == SKIP:
-            synchronize(device)
-            world.sum([0])
-            started = time.perf_counter()
-        before = time.perf_counter()
-        micro_batches = next(batches)
-        waited = time.perf_counter() - before
-        result = step(micro_batches)
-        rows = max([rows, *((b.input_ids.numel(), 0 if b.pixels is None else len(b.pixels)) for b in micro_batches)])
-        if number >= SKIP:
-            waits.append(waited)
-            results.append(result)
-    synchronize(device)
-    seconds = time.perf_counter() - started
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    numbers = [result.read() for result in results]
-    found = report(config, parts, step, results, seconds, waits, rate, world)
-    counted = _Memory(model, config, device.type, world.size)
-    counted.sizes = {name: (p.numel(), p.requires_grad, p.ndim) for name, p in model.named_parameters()}
-    found |= {
-        "what": vars(options) | {"json": None},
-        "peak_gib": peak,
-        "estimated_peak_gib": counted.peak(*rows)["peak"] / 2**30,
-        "largest_micro_batch": {"tokens": rows[0], "images": rows[1]},
-        "losses": [round(loss, 5) for loss, _ in numbers],
-        "data": feed.describe(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-    }
-    if options.resume:
-        found["resume"] = resume(config, step, batches, world)
-    feed.close()
-    return found
-
-
-def _parts_of(model: Any, config: RunConfig) -> Any:
-    launch.freeze(model, config.stage)
-    return _parts(model, config)
-
-
-def report(
-    config: RunConfig, parts: Any, step: Any, results: list[Any], seconds: float, waits: list[float], rate: float,
-    world: World,
-) -> dict[str, Any]:  # fmt: skip
-    """Model arithmetic only: what is computed a second time for the backward pass does not count."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    ready = time.perf_counter() - began
+    results, waits, times, largest = timed(step, batches, options.steps, device, world)
     tallies: list[Tally] = [result.tally for result in results]
-    tokens, images = sum(t.tokens for t in tallies), sum(t.images for t in tallies)
-    plain = replace(config, optim=replace(config.optim, checkpoint_activations=False))
-    # Of one token and of the patches of one image: the sample's count is linear in both.
-    patches = step.model.vision_tower.num_tokens
-    language = _flops([p for p in parts if p.name == "language"], plain, 0) / _tokens_of(plain)
-    rest = _flops([p for p in parts if p.name != "language"], plain, patches)
-    if config.stage.language.lr == 0:
-        language *= 2  # gradients pass through the frozen language model to the connector
-    flops = tokens * language + images * rest
-    return {
-        "parameters_billions": {p.name: p.parameters / 1e9 for p in parts},
-        "step_seconds": seconds / len(results),
+    tokens, images, seconds = sum(t.tokens for t in tallies), sum(t.images for t in tallies), sum(times)
+    flops = tokens * per_token + images * patches * per_patch
+    # What --dry-run says of this recipe, before anything loads.
+    predicted = estimate(config, device.type, world.size)
+    found = {
+        "what": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+        "processes": world.size,
         "tokens_per_second": tokens / seconds,
         "images_per_second": images / seconds,
+        "step_ms": [round(1e3 * t, 2) for t in times],
+        "tokens_of_a_step": [t.tokens for t in tallies],
         "padding": 1 - tokens / sum(t.slots for t in tallies),
         "data_wait": sum(waits) / seconds,
         "data_wait_longest_s": max(waits),
         "tflops_per_device": flops / seconds / world.size / 1e12,
         "product_rate_tflops": rate / 1e12,
         "share_of_product_rate": flops / seconds / world.size / rate,
-        "processes": world.size,
-    }
+        "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
+        "dry_run_gib": predicted.memory["peak"] / 2**30,
+        "dry_run_micro_batch": [predicted.rows * predicted.length, predicted.images],
+        "largest_micro_batch": largest,
+        "losses": [round(result.read()[0], 5) for result in results],
+        "billions": {part.name: [part.parameters / 1e9, part.trained / 1e9] for part in predicted.parts},
+        "data": feed.describe(),
+        "seconds_until_ready": ready,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+    }  # fmt: skip
+    if options.resume:
+        if world.is_main:
+            keep(found, options.json)  # in case that what follows fails
+        found["resume"] = resume(config, step, batches, world)
+    feed.close()
+    return found
 
 
-def _tokens_of(config: RunConfig) -> int:
-    from vlmamba.training.estimate import _TEXT
+def prepared(config: RunConfig, device: torch.device, world: World) -> tuple[Step, Any, int]:
+    """The step and the feed of a fresh model, and the tokens of an image."""
+    launch.seed_all(config.seed)
+    with build.quiet(), torch.device(device):  # weights are drawn where that is fastest
+        model, processor = build.build(config.model, config.stage.image_mode)
+    step = launch.make_step(model, processor, config, device, world)
+    set_rates(step.optimizer, 1.0)
+    return step, launch.make_feed(config, processor, device, world), model.vision_tower.num_tokens
 
-    return min(config.optim.max_length, _TEXT[config.stage.template])
+
+def timed(
+    step: Step, batches: Iterator[list[Batch]], steps: int, device: torch.device, world: World
+) -> tuple[list[Any], list[float], list[float], tuple[int, int]]:
+    """Results, waits for data and seconds of the steps after the first ones, and the largest micro-batch.
+
+    The host runs ahead, as in training: a GPU's own clock stands at the end of every step.
+    """
+    waits, results, marks, largest = [], [], [], (0, 0)
+    for number in range(steps):
+        if number == SKIP:
+            world.sum([0])
+            marks.append(_mark(device))
+        before = time.perf_counter()
+        micro_batches = next(batches)
+        waited = time.perf_counter() - before
+        result = step(micro_batches)
+        sizes = ((b.input_ids.numel(), 0 if b.pixels is None else len(b.pixels)) for b in micro_batches)
+        largest = max([largest, *sizes])
+        if number >= SKIP:
+            marks.append(_mark(device))
+            waits.append(waited)
+            results.append(result)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        times = [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
+    else:
+        times = [b - a for a, b in pairwise(marks)]
+    return results, waits, times, largest
 
 
-def resume(config: RunConfig, step: Any, batches: Any, world: World) -> dict[str, Any]:
+def _mark(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def arithmetic(model: torch.nn.Module) -> tuple[float, float]:
+    """FLOP of a token in the language model, and of a patch in encoder and connector.
+
+    Two a parameter forward; two more where gradients pass through to what learns before it; two more for the gradients
+    of parameters that learn. So 6 for what is trained, 4 for a frozen language model behind a connector that learns, 2
+    for a frozen encoder. What is computed a second time does not count, nor do convolution and scan.
+    """
+    sizes: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        size = sizes.setdefault(part_of(name), [0, 0])
+        size[0] += parameter.numel()
+        size[1] += parameter.numel() * parameter.requires_grad
+    learning = [part for part, (_, trained) in sizes.items() if trained]
+    flops = {}
+    for part, (count, trained) in sizes.items():
+        passed = trained > 0 or (part == "language" and bool(learning))
+        flops[part] = 2.0 * count + 2.0 * count * passed + 2.0 * trained
+    return flops.pop("language"), sum(flops.values())
+
+
+def resume(config: RunConfig, step: Step, batches: Any, world: World) -> dict[str, Any]:
     """Saves, makes a step, goes back, makes it again."""
-    checkpoints = Checkpoints(Path(config.output) / "checkpoints", 1, world, step.parallel.sharded)
-    synchronize(step.device)
+    folder = Path(config.output) / "checkpoints"
+    checkpoints = Checkpoints(folder, 1, world, step.parallel.sharded)
+    _finish(step.device)
     started = time.perf_counter()
     checkpoints.save(step.model, step.optimizer, Progress(step=1))
     copied = time.perf_counter() - started
@@ -249,35 +306,46 @@ def resume(config: RunConfig, step: Any, batches: Any, world: World) -> dict[str
     world.sum([0])
     written = time.perf_counter() - started
     started = time.perf_counter()
-    assert checkpoints.load(step.model, step.optimizer) is not None
+    if checkpoints.load(step.model, step.optimizer) is None:
+        raise RuntimeError(f"the checkpoint in {folder} is not whole")
     loaded = time.perf_counter() - started
     set_rates(step.optimizer, 1.0)
     second = step(batch).read()
-    files = [f for f in (Path(config.output) / "checkpoints").rglob("*") if f.is_file()]
+    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     return {
-        "stopped_s": copied, "written_s": written, "loaded_s": loaded,
-        "gigabytes": sum(map(os.path.getsize, files)) / 1e9,
-        "loss_and_norm": first, "again": second, "same": first == second,
+        "copied_s": copied, "written_s": written, "loaded_s": loaded, "gigabytes": size / 1e9, "where": str(folder),
+        "loss_and_norm": first, "again": second, "same_loss": first[0] == second[0],
+        "norm_differs_by": abs(first[1] - second[1]) / first[1],
     }  # fmt: skip
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def product_rate(device: torch.device) -> float:
     """FLOP/s of square products, 8192 in bf16 on a GPU, 512 in float32 on a CPU; the median of several."""
     side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
-    a = torch.randn(side, side, device=device, dtype=dtype)
+    pairs = [[torch.randn(side, side, device=device, dtype=dtype) for _ in range(2)] for _ in range(3)]
     times = []
-    for _ in range(12):
-        synchronize(device)
-        started = time.perf_counter()
-        a @ a
-        synchronize(device)
-        times.append(time.perf_counter() - started)
-    return 2 * side**3 / statistics.median(times)
+    for number in range(40):
+        begin = _mark(device)
+        torch.mm(*pairs[number % 3])
+        end = _mark(device)
+        _finish(device)
+        times.append(end - begin if device.type != "cuda" else begin.elapsed_time(end) / 1e3)
+    return 2 * side**3 / statistics.median(times[10:])
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def keep(found: dict[str, Any], file: Path | None) -> None:
+    text = json.dumps(found, indent=1)
+    print(text, flush=True)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(".writing")
+        scratch.write_text(text)
+        shutil.move(scratch, file)
 
 
 if __name__ == "__main__":

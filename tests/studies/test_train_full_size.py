@@ -16,7 +16,7 @@ def test_in_miniature(stage: int, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.argv", command.split())
     runpy.run_path(str(script), run_name="__main__")
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found["resume"]["same"]
+    assert found["resume"]["same_loss"]
     assert found["tokens_per_second"] > 0
     assert 0 <= found["data_wait"] < 1
     assert 0 < found["share_of_product_rate"] < 1

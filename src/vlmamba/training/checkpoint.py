@@ -17,6 +17,8 @@ import random
 import shutil
 import threading
 import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from vlmamba.training.parallel import World
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _SCRATCH = ".writing-"
+_MOST_THREADS = 8
 
 
 @dataclass
@@ -124,7 +130,7 @@ class Checkpoints:
             return None
         _make_moments(optimizer)
         tensors = _tensors(model, optimizer)
-        reader = dcp.FileSystemReader(found)
+        reader = _Reader(found)
         stored = set(reader.read_metadata().state_dict_metadata)
         odd = sorted(stored ^ tensors.keys())
         if odd:
@@ -140,7 +146,9 @@ class Checkpoints:
         """In the background; what goes wrong is told by the next `wait`."""
         try:
             scratch.mkdir(parents=True, exist_ok=True)
-            dcp.save(tensors, checkpoint_id=scratch, process_group=self._group, no_dist=not self.sharded)
+            writer = dcp.FileSystemWriter(scratch, thread_count=_threads(tensors))
+            options = {"process_group": self._group, "no_dist": not self.sharded}
+            dcp.save(tensors, checkpoint_id=scratch, storage_writer=writer, **options)
             if not self.world.is_main:
                 return
             (scratch / "random.json").write_text(json.dumps(generators))
@@ -156,6 +164,35 @@ class Checkpoints:
         except Exception as error:
             shutil.rmtree(scratch, ignore_errors=True)
             self._error = error
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads the files of a checkpoint at the same time."""
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+
+        def read(items: list[ReadItem]) -> None:
+            super(_Reader, self).read_data(replace(plan, items=items), planner).wait()
+
+        with ThreadPoolExecutor(_MOST_THREADS) as pool:
+            list(pool.map(read, by_file.values()))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def _threads(tensors: dict[str, Tensor]) -> int:
+    """Files that a process writes at a time: one for small states, whose order of bytes then never changes."""
+    size = sum(full.numel() * full.element_size() for t in tensors.values() for full in [_own(t)])
+    return min(_MOST_THREADS, 1 + size // 2**30)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be cut."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -202,12 +239,11 @@ def broken(checkpoint: Path) -> str | None:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, json.JSONDecodeError):
         return f"{MANIFEST} is missing or damaged"
-    for name, expected in manifest.items():
+    for name in manifest:
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
-        if _hash(checkpoint / name) != expected:
-            return f"{name} is damaged"
-    return None
+    found = _hashes([checkpoint / name for name in manifest])
+    return next((f"{name} is damaged" for name in manifest if found[name] != manifest[name]), None)
 
 
 def random_state() -> dict[str, Any]:
@@ -235,7 +271,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 def _seal(folder: Path) -> None:
     """Writes the manifest (file to SHA-256) and syncs everything to the disk."""
     files = sorted(folder.iterdir())
-    (folder / MANIFEST).write_text(json.dumps({file.name: _hash(file) for file in files}, indent=1))
+    (folder / MANIFEST).write_text(json.dumps(_hashes(files), indent=1))
     for file in [*files, folder / MANIFEST]:
         with file.open("rb+") as handle:
             os.fsync(handle.fileno())
@@ -250,6 +286,12 @@ def _point(folder: Path, name: str) -> None:
         os.fsync(handle.fileno())
     os.replace(scratch, folder / LATEST)
     _sync(folder)
+
+
+def _hashes(files: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 by name; those of large files at the same time."""
+    with ThreadPoolExecutor(_MOST_THREADS) as pool:
+        return dict(zip((file.name for file in files), pool.map(_hash, files), strict=True))
 
 
 def _hash(file: Path) -> str:

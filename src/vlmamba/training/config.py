@@ -112,8 +112,9 @@ class OptimConfig:
     """A loss so many times the median of the 50 steps before stops the run; 0 never does."""
     compile: bool = False
     """torch.compile of every block."""
-    checkpoint_activations: bool = False
-    """Keeps only what stands between blocks, and computes the rest again in the backward pass."""
+    checkpoint_activations: bool | float = False
+    """The language model's blocks of which only the input is kept, the rest being computed again in the backward pass:
+    all of them (true), or a share, spread evenly: no more of them than memory asks for."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,10 @@ def _check_run(config: RunConfig) -> None:
         optim.pack_into is None or (optim.pack and optim.pack_into >= optim.max_length),
         f"optim.pack_into: is {optim.pack_into}; it needs pack: true, and at least max_length ({optim.max_length})",
     )
+    require(
+        0 <= optim.checkpoint_activations <= 1,
+        f"optim.checkpoint_activations: is {optim.checkpoint_activations}; it is true, false or a share of the blocks",
+    )
     steps = optim.max_steps
     require(steps is None or steps > 0, f"optim.max_steps: is {steps}; it must be positive")
     require(optim.epochs > 0, f"optim.epochs: is {optim.epochs}; it must be positive")
@@ -220,6 +225,7 @@ def _check_run(config: RunConfig) -> None:
     require(config.logging.every >= 1, f"logging.every: is {config.logging.every}; it must be at least 1")
     require(config.workers >= 0, f"workers: is {config.workers}; it must be 0 or more")
     _check_lora(config, require)
+    _check_encoder(config, require)
     if model.path is None:
         require(
             model.language is not None or model.vision is not None,
@@ -228,7 +234,6 @@ def _check_run(config: RunConfig) -> None:
     else:
         require(
             model.vision is None and model.language is None,
-    _check_encoder(config, require)
             "model: path names a whole model; leave vision and language out, or leave path out",
         )
     require(
@@ -237,11 +242,6 @@ def _check_run(config: RunConfig) -> None:
     )
 
 
-def _check_lora(config: RunConfig, require: Callable[[bool, str], None]) -> None:
-    lora = config.lora
-    if lora is None:
-        return
-    require(lora.rank >= 1, f"lora.rank: is {lora.rank}; it must be at least 1")
 def _check_encoder(config: RunConfig, require: Callable[[bool, str], None]) -> None:
     """An encoder that is trained alone is kept whole, and learns from scenes' patches, as nothing else does."""
     model = config.model
@@ -263,6 +263,11 @@ def _check_encoder(config: RunConfig, require: Callable[[bool, str], None]) -> N
     require(config.lora is None, "lora: an encoder trained alone is trained whole")
 
 
+def _check_lora(config: RunConfig, require: Callable[[bool, str], None]) -> None:
+    lora = config.lora
+    if lora is None:
+        return
+    require(lora.rank >= 1, f"lora.rank: is {lora.rank}; it must be at least 1")
     require(bool(lora.targets), "lora.targets: is empty; name linear maps, such as in_proj")
     require(bool(lora.parts), "lora.parts: is empty; name vision, connector or language")
     for part in lora.parts:

@@ -129,8 +129,11 @@ def prepare(model: Any, config: RunConfig) -> None:
             module.eval()
     language = getattr(model, MODULES["language"], model)
     language.train()  # a frozen language model still has to give its loss without logits; it has no dropout
-    if config.optim.checkpoint_activations:
+    share = float(config.optim.checkpoint_activations)
+    if share:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for i, block in enumerate(language.backbone.layers):
+            block.gradient_checkpointing = int((i + 1) * share) > int(i * share)
     if config.optim.compile:
         # Block by block: one compilation serves them all, and whatever is put around them later stays outside.
         for module in model.modules():
