@@ -112,8 +112,9 @@ class OptimConfig:
     """A loss so many times the median of the 50 steps before stops the run; 0 never does."""
     compile: bool = False
     """torch.compile of every block."""
-    checkpoint_activations: bool = False
-    """Keeps only what stands between blocks, and computes the rest again in the backward pass."""
+    checkpoint_activations: bool | float = False
+    """The language model's blocks of which only the input is kept, the rest being computed again in the backward pass:
+    all of them (true), or a share, spread evenly: no more of them than memory asks for."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,10 @@ def _check_run(config: RunConfig) -> None:
     require(
         optim.pack_into is None or (optim.pack and optim.pack_into >= optim.max_length),
         f"optim.pack_into: is {optim.pack_into}; it needs pack: true, and at least max_length ({optim.max_length})",
+    )
+    require(
+        0 <= optim.checkpoint_activations <= 1,
+        f"optim.checkpoint_activations: is {optim.checkpoint_activations}; it is true, false or a share of the blocks",
     )
     steps = optim.max_steps
     require(steps is None or steps > 0, f"optim.max_steps: is {steps}; it must be positive")

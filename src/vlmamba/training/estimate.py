@@ -189,15 +189,18 @@ class _Memory:
         rank = int(text.time_step_rank)
         stream = (4 if text.residual_in_fp32 else b) * d
         states = 4 * D * N / _SAVED_EVERY[self.device]
-        # norm's output; x and z; the convolution's output, dt, y; x_proj's output; the scan's saved states.
-        inside = b * d + b * (2 * D + 3 * D + rank + 2 * N) + states
+        # x and z; the convolution's output and dt; B and C; the scan's saved states.
+        inside = b * (2 * D + 2 * D + rank + 2 * N) + states
+        if "language" in self.learns:  # what its linear maps read, for the gradients of their weights: norm's output, y
+            inside += b * (d + D)
         layers = text.num_hidden_layers
         backward = inside + b * (4 * D + d) + stream  # gradients of xz, conv, dt, y on top of what is read
         # Embeddings and the embeddings with images in them; the final norm's input and output.
         ends = 2 * 4 * d + stream + b * d
         if not self._through_language():
             return tokens * ends, tokens * inside
-        kept = layers * (stream + (0 if self.config.optim.checkpoint_activations else inside)) + ends
+        again = float(self.config.optim.checkpoint_activations)
+        kept = layers * (stream + (1 - again) * inside) + ends
         return tokens * kept, tokens * backward
 
     def _through_language(self) -> bool:
@@ -212,8 +215,8 @@ class _Memory:
             rest = sum(n for name, (n, _, _) in self.sizes.items() if ".layers." not in name)
             return 2.0 * (rest + 2 * sum(blocks) / max(1, self.text.num_hidden_layers))
         # Frozen weights are not cached by autocast, but kept by every layer whose backward pass needs them.
-        held = "language" in self.learns or not self.config.optim.checkpoint_activations
-        return 2.0 * sum(blocks) if held else 0.0
+        again = float(self.config.optim.checkpoint_activations)
+        return 2.0 * sum(blocks) * (1.0 if "language" in self.learns else 1 - again)
 
     def _loss(self, tokens: int) -> float:
         share = 1.0 if self.config.stage.template == "plain" else 0.6
@@ -251,7 +254,7 @@ class _Memory:
 def _flops(parts: list[Part], config: RunConfig, patches: int) -> float:
     """Of a usual sample: two a parameter and token forward, as much again for the gradient of inputs and of weights."""
     tokens = min(config.optim.max_length, patches + _TEXT[config.stage.template])
-    again = 2 if config.optim.checkpoint_activations else 0
+    again = 2 * float(config.optim.checkpoint_activations)
     learns = {part.name for part in parts if part.trained}
     total = 0.0
     for part in parts:
