@@ -16,6 +16,7 @@ from rich.console import Console
 from vlmamba.evaluation import Options, Request, Shard, check, evaluate, report, score, table
 from vlmamba.evaluation.results import load, weights_hash
 from vlmamba.evaluation.runner import batches_of, read_answers
+from vlmamba.evaluation.task import Example
 from vlmamba.evaluation.tasks import TASKS
 
 
@@ -86,8 +87,8 @@ def test_a_picture_s_questions_stay_together_and_the_next_ones_are_announced(tmp
 
 def test_a_picture_with_more_questions_than_a_batch_holds_is_asked_in_several() -> None:
     sizes = [2, 5, 1, 3, 3]
-    groups = [[f"{i}{k}" for k in range(size)] for i, size in enumerate(sizes)]
-    batches = list(batches_of(groups, 3))  # type: ignore[arg-type]
+    groups = [[Example(f"{i}{k}", 0, "?", None, "", "", {}) for k in range(size)] for i, size in enumerate(sizes)]
+    batches = list(batches_of(groups, 3))
     assert [len(batch) for batch in batches] == [2, 3, 3, 3, 3]
     assert [x for batch in batches for x in batch] == [x for group in groups for x in group]
 

@@ -101,7 +101,9 @@ def score(
         submissions=None if submissions is None else Path(submissions),
         say=_say,
     )
-    print(f"{result['title']}, {result['metric']}: {_number(result['headline'])}")
+    error = result["standard_error"]
+    about = "" if error is None else f" ± {_number(error)} (standard error)"
+    print(f"{result['title']}, {result['metric']}: {_number(result['headline'])}{about}")
     for line in _flat(result["metrics"]):
         print(f"  {line}")
     for note in result["notes"]:

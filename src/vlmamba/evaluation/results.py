@@ -13,6 +13,7 @@ from rich.table import Table
 
 from vlmamba.evaluation.files import fingerprint, load_json, require
 from vlmamba.evaluation.task import Joined, Options, Score, Task
+from vlmamba.evaluation.uncertainty import standard_error
 
 FORMAT = 1
 
@@ -66,6 +67,7 @@ def build(
         "task_version": task.version,
         "metric": task.metric,
         "headline": score.headline,
+        "standard_error": standard_error(task, joined, score, folder, options),
         "paper": task.paper,
         "run": dict(run),
         "options": {
@@ -96,13 +98,18 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def table(results: Sequence[Mapping[str, Any]], name: str = "this run") -> Table:
-    """The headlines in one row beside the paper's."""
-    grid = Table("model", *(f"{r['title']}\n{r['metric']}" for r in results))
-    if any(r.get("paper") is not None for r in results):
-        grid.add_row("VL-Mamba 2.8b (paper)", *(_number(r.get("paper")) for r in results))
-    grid.add_row(name, *(_number(r["headline"]) for r in results))
+    """The headlines with their standard errors, beside the paper's."""
+    grid = Table("benchmark", "metric")
+    for title in ("questions", "VL-Mamba 2.8b (paper)", name):
+        grid.add_column(title, justify="right")
+    for result in results:
+        paper = "" if result["paper"] is None else f"{result['paper']:.1f}"
+        grid.add_row(result["title"], result["metric"], f"{result['coverage']['questions']:,}", paper, _number(result))
     return grid
 
 
-def _number(value: float | None) -> str:
-    return "not scored" if value is None else f"{value:.1f}"
+def _number(result: Mapping[str, Any]) -> str:
+    value, error = result["headline"], result.get("standard_error")
+    if value is None:
+        return "not scored"
+    return f"{value:.1f}" if error is None else f"{value:.1f} ± {error:.1f}"

@@ -117,18 +117,18 @@ def claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
 
 
 def by_picture(examples: Sequence[Example]) -> list[list[Example]]:
-    """Questions in groups that share a picture: an answerer reads it once. Those with the longest texts come first, so
-    that batches hold texts of about one length, and what does not fit into memory fails at once."""
+    """Questions in groups that share a picture, in order of first appearance."""
     groups: dict[Any, list[Example]] = {}
     for example in examples:
         groups.setdefault(("text", example.id) if example.image is None else example.image, []).append(example)
-    return sorted(groups.values(), key=lambda group: -max(len(example.prompt) for example in group))
+    return list(groups.values())
 
 
 def batches_of(groups: Iterable[Sequence[Example]], size: int) -> Iterator[list[Example]]:
-    """Batches of at most `size` questions; a group is split only where it is larger than a batch."""
+    """Batches of at most `size` questions, the longest texts first: a batch then holds texts of about one length, and
+    what does not fit into memory fails at once. A group is split only where it is larger than a batch."""
     batch: list[Example] = []
-    for group in groups:
+    for group in sorted(groups, key=lambda group: -max((len(example.prompt) for example in group), default=0)):
         if batch and len(batch) + len(group) > size:
             yield batch
             batch = []
