@@ -62,7 +62,7 @@ def structure_refusal(model: nn.Module) -> str | None:
         return f"a state size of {first.state_size} is no power of two"
     for name, module in model.named_modules():
         own = name.rsplit(".", 1)[-1]
-        if "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
+        if has_hooks(module):
             return f"{name or 'the model'} has hooks or a replaced forward"
         if own.endswith("_proj") or own == "lm_head":
             if type(module) is not nn.Linear:
@@ -78,6 +78,11 @@ def structure_refusal(model: nn.Module) -> str | None:
         if p.dtype != expected or not p.is_contiguous():
             return f"{name} is {p.dtype}{'' if p.is_contiguous() else ', not contiguous'}; {expected} was expected"
     return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says."""
+    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 @torch.no_grad()

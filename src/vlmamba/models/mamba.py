@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from vlmamba import ops
 from vlmamba.models import decode, prefill
+from vlmamba.models.loading import LoadsStrictly
 from vlmamba.models.loss import next_token_loss
 from vlmamba.models.names import register_names
 from vlmamba.models.padding import Compaction
@@ -205,7 +206,7 @@ class MambaOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-class VLMambaPreTrainedModel(PreTrainedModel):
+class VLMambaPreTrainedModel(LoadsStrictly, PreTrainedModel):
     """What our models share: precision, initialisation, and the way transformers sees them."""
 
     config_class: type = MambaConfig
@@ -273,7 +274,7 @@ class VLMambaBackbone(VLMambaPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Compaction | None = None,
         inputs_embeds: Tensor | None = None,
         cache_params: MambaState | None = None,
         use_cache: bool | None = None,
@@ -370,7 +371,7 @@ class VLMambaForCausalLM(VLMambaPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Compaction | None = None,
         inputs_embeds: Tensor | None = None,
         cache_params: MambaState | None = None,
         labels: Tensor | None = None,

@@ -23,10 +23,12 @@ class Compaction:
     seq_idx: Tensor
 
     @classmethod
-    def of(cls, attention_mask: Tensor | None, seq_idx: Tensor | None, shape: torch.Size) -> Compaction | None:
-        """The compaction for a mask (B, L) of 0 and 1; None when nothing is padded."""
-        if attention_mask is None:
-            return None
+    def of(
+        cls, attention_mask: Tensor | Compaction | None, seq_idx: Tensor | None, shape: torch.Size
+    ) -> Compaction | None:
+        """The compaction for a mask (B, L) of 0 and 1 (or one made before); None when nothing is padded."""
+        if attention_mask is None or isinstance(attention_mask, Compaction):
+            return attention_mask
         if attention_mask.shape != shape:
             raise ValueError(
                 f"attention_mask is {tuple(attention_mask.shape)}, the tokens are {tuple(shape)}; when continuing "

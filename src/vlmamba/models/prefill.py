@@ -209,7 +209,9 @@ class Prompt:
     padding: Compaction | None
 
     @classmethod
-    def of(cls, ids: Tensor | None, hidden: Tensor | None, mask: Tensor | None, keep: int | Tensor) -> Prompt:
+    def of(
+        cls, ids: Tensor | None, hidden: Tensor | None, mask: Tensor | Compaction | None, keep: int | Tensor
+    ) -> Prompt:
         """`keep` as `logits_to_keep` of the causal LM."""
         tokens = ids if hidden is None else hidden
         assert tokens is not None
@@ -338,7 +340,7 @@ def read(
     model: nn.Module,
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Compaction | None,
     state: MambaState | None,
     use_cache: bool | None,
     logits_to_keep: int | Tensor,

@@ -5,6 +5,7 @@ Shapes: B batch, L length, I images of the whole batch in reading order, P visua
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers import initialization as init
 
+from vlmamba.models import prefill_images
 from vlmamba.models.config import VLMambaConfig
 from vlmamba.models.connector import VSS, Connector, OrderLinear
 from vlmamba.models.mamba import MambaOutput, VLMambaForCausalLM, VLMambaPreTrainedModel, continue_inputs
+from vlmamba.models.padding import Compaction
 from vlmamba.models.state import MambaState
 from vlmamba.models.vision import VisionTower, build_vision_tower
 
@@ -74,6 +77,9 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
         """Images (I, 3, H, W), normalised by the processor, to tokens (I, P, d) of the language model."""
         if pixel_values.ndim != 4:
             raise ValueError(f"pixel_values must be (images, 3, height, width), got {tuple(pixel_values.shape)}")
+        return prefill_images.read(self, pixel_values, self._features)
+
+    def _features(self, pixel_values: Tensor) -> Tensor:
         tower = self.vision_tower
         trained = any(p.requires_grad for p in tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
@@ -82,20 +88,33 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
         """Token embeddings (B, L, d) with the images' tokens in place of their placeholders."""
+        if pixel_values is None:
+            words, check = self._words(input_ids)
+            embeds = self.get_input_embeddings()(words)
+        else:
+            embeds, check = self._with_images(input_ids, pixel_values)
+        if check is not None:
+            check()
+        return embeds
+
+    def _words(self, input_ids: Tensor) -> tuple[Tensor, Check | None]:
+        """Ids (B, L) of text alone, and a check that they are, if it is still to be made."""
+        is_image = input_ids == self.config.image_token_id
+        check = Check(is_image.sum(), None)
+        return input_ids.masked_fill(is_image, 0), check.unless_made(can_wait(input_ids))
+
+    def _with_images(self, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Check | None]:
+        """Embeddings (B, L, d), and a check that there is an image for every placeholder, if it is still to be made."""
+        features = self.get_image_features(pixel_values)  # first: the device works on it while we go on
         is_image = input_ids == self.config.image_token_id
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
-        expected = int(is_image.sum())
-        if pixel_values is None:
-            if expected:
-                raise ValueError(f"the text holds {expected} image placeholders, but no pixel_values were given")
-            return embeds
-        features = self.get_image_features(pixel_values)
-        if features.shape[0] * features.shape[1] != expected:
-            raise ValueError(
-                f"the text holds {expected} image placeholders, the {features.shape[0]} images give "
-                f"{features.shape[0] * features.shape[1]} visual tokens ({features.shape[1]} each)"
-            )
-        return embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))
+        check = Check(is_image.sum(), features.shape[:2]).unless_made(can_wait(input_ids))
+        tokens = features.to(embeds.dtype).flatten(0, 1)
+        if torch.is_grad_enabled() or not len(tokens):
+            return embeds.masked_scatter(is_image[..., None], tokens), check
+        # The same, safe whatever the numbers.
+        place = is_image.flatten().cumsum(0).sub_(1).clamp_(0, len(tokens) - 1)
+        return torch.where(is_image[..., None], tokens[place.view(input_ids.shape)], embeds), check
 
     def _is_one_more_word(self, input_ids: Tensor) -> bool:
         """Whether each row (B, L) is one token of text. On a GPU a placeholder goes unnoticed: looking would wait."""
@@ -125,12 +144,18 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
             input_ids: (B, L); every image stands as P copies of `config.image_token_id`.
             pixel_values: (I, 3, H, W), the images of the whole batch in reading order.
         """
+        padding, check = None, None
+        if attention_mask is not None:  # looked at before the device is given work: looking waits for it
+            tokens = input_ids if inputs_embeds is None else inputs_embeds
+            padding = None if tokens is None else Compaction.of(attention_mask, seq_idx, tokens.shape[:2])
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give either input_ids or inputs_embeds")
-            if pixel_values is not None or cache_params is None or not self._is_one_more_word(input_ids):
-                inputs_embeds, input_ids = self.embed(input_ids, pixel_values), None
-            # else its id goes on as it is, to the fused step
+            if pixel_values is not None:
+                inputs_embeds, check = self._with_images(input_ids, pixel_values)
+                input_ids = None
+            elif cache_params is None or not self._is_one_more_word(input_ids):
+                input_ids, check = self._words(input_ids)
         elif pixel_values is not None:
             raise ValueError("give images either as pixel_values with input_ids, or inside inputs_embeds")
         else:
@@ -138,7 +163,7 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
         output = self.language_model(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
+            attention_mask=padding,
             cache_params=cache_params,
             labels=labels,
             use_cache=use_cache,
@@ -150,6 +175,8 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
         )
         if output.logits is not None and self.config.image_token_id < output.logits.shape[-1]:
             output.logits[..., self.config.image_token_id] = -torch.inf  # a placeholder is never an answer
+        if check is not None:
+            check()
         return output
 
     def prepare_inputs_for_generation(
@@ -197,6 +224,42 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         return input_ids, model_kwargs | ({} if pixel_values is None else {"pixel_values": pixel_values})
+
+
+def can_wait(input_ids: Tensor) -> bool:
+    """Whether what the ids hold is looked at only when the device has work to do: asking it earlier leaves it idle."""
+    return input_ids.is_cuda and not torch.is_grad_enabled()
+
+
+@dataclass(frozen=True)
+class Check:
+    """Whether text and images fit: placeholders, a number on the device; images and tokens of each, None without."""
+
+    placeholders: Tensor
+    images: tuple[int, ...] | None
+
+    def unless_made(self, later: bool) -> Check | None:
+        """This check for later; or None, and it is made now."""
+        if later:
+            return self
+        self()
+        return None
+
+    def __call__(self) -> None:
+        """ValueError if they do not. Waits for the device."""
+        if self.placeholders.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        expected = int(self.placeholders)
+        if self.images is None:
+            if expected:
+                raise ValueError(f"the text holds {expected} image placeholders, but no pixel_values were given")
+            return
+        images, each = self.images
+        if images * each != expected:
+            raise ValueError(
+                f"the text holds {expected} image placeholders, the {images} images give {images * each} visual tokens "
+                f"({each} each)"
+            )
 
 
 def init_vss(vss: VSS) -> None:
