@@ -146,7 +146,7 @@ def test_a_literal_placeholder_in_a_question_is_text(capsys, tiny_model, picture
         (["ask", "TEXT", "x"], "notes.jpg is not an image"),
         (["ask", "PICTURE", "  "], "the question is empty"),
         (["ask", "PICTURE", "x", "--model", "nonsense"], "'nonsense' is neither a folder here nor a Hub id"),
-        (["ask", "PICTURE", "x", "--model", "EMPTY"], "is not a VL-Mamba: it holds no config.json"),
+        (["ask", "PICTURE", "x", "--model", "EMPTY"], "holds no config.json, so it is not a checkpoint"),
         (["ask", "PICTURE", "x", "--model", "TINY", "--device", "abacus"], "--device abacus is unknown"),
         (["ask", "PICTURE", "x", "--model", "TINY", "--device", "cuda:99"], "--device cuda:99 is not here"),
         (["ask", "PICTURE", "x", "--model", "TINY", "--dtype", "int3"], "--dtype int3 is unknown"),
@@ -263,6 +263,16 @@ def test_sampling_follows_the_seed(loaded):
     assert answer(1) == answer(1) != answer(2)
 
 
+def test_the_lowest_temperature_takes_the_likeliest_word(loaded):
+    sampled = Conversation(loaded, Style(4, temperature=1e-45))
+    assert list(sampled.ask("What is this?")) == list(Conversation(loaded, Style(4)).ask("What is this?"))
+
+
+def test_bytes_that_are_no_text_are_read_as_question_marks(loaded):
+    broken = list(Conversation(loaded, Style(4)).ask("What \udcff is this?"))
+    assert broken == list(Conversation(loaded, Style(4)).ask("What ? is this?"))
+
+
 def test_text_streams_whole_characters(tokenizer):
     tokens = tokenizer(" Grüße 🙂 yes")["input_ids"]
     pieces = list(_text(tokenizer, iter(tokens)))
@@ -291,6 +301,18 @@ def test_info_reports(capsys):
     assert code in (0, 1)
     for word in ("torch", "devices", "cpu:", "selective_scan", "scan_2d", "problems", "nano model"):
         assert word in out
+
+
+def test_info_tells_settings_from_faults(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    assert "torch uses 1 of 4 CPUs" in out
+    monkeypatch.setenv("VLMAMBA_OPS", "nonsense")
+    code, out, _ = run(capsys, "info")
+    assert code == 1
+    assert "unset VLMAMBA_OPS" in out
 
 
 def test_info_names_an_old_torch_and_a_misfit_torchvision(monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
@@ -34,6 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     A mistake (a ValueError, a file that cannot be read) is one line on stderr; VLMAMBA_DEBUG=1 shows the traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    before = warnings.formatwarning
+    warnings.formatwarning = _short_warning  # type: ignore[assignment]
+    try:
+        return _run(arguments)
+    finally:
+        warnings.formatwarning = before
+
+
+def _run(arguments: list[str]) -> int:
     try:
         name, options = parse(arguments)
         if name is None:
@@ -285,7 +295,11 @@ def _command_of(arguments: list[str]) -> list[str]:
     return [word for word in arguments[:2] if word in known]
 
 
-def _one_line(error: BaseException) -> str:
+def _short_warning(message: Warning | str, *_: Any) -> str:
+    return f"vlmamba: {_one_line(message)}\n"  # where in the source it arose helps no user
+
+
+def _one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 

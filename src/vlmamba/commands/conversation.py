@@ -101,7 +101,8 @@ class Conversation:
     def _pick(self, logits: torch.Tensor) -> int:
         if self._style.temperature == 0:
             return int(logits.argmax())
-        return int(torch.multinomial(torch.softmax(logits / self._style.temperature, dim=-1), 1))
+        below_best = (logits - logits.max()).double()  # so that no temperature, however low, makes an infinity
+        return int(torch.multinomial(torch.softmax(below_best / self._style.temperature, dim=-1), 1))
 
 
 def _text(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:

@@ -36,15 +36,15 @@ def info() -> int:
     for device, dtype in _places():
         print(f"  {device}, {str(dtype).removeprefix('torch.')}")
         for op in dispatch.OPS:
-            print(f"    {op:16}{dispatch.explain(op, device, dtype)}")
+            print(f"    {op:16}{_explained(op, device, dtype)}")
     print(f"nano model: {NANO if (NANO / 'config.json').is_file() else 'not in this installation'}")
     for name in _SETTINGS:
         if name in os.environ:
             print(f"environment: {name}={os.environ[name]}")
-    wrong = list(problems())
-    print("problems" if wrong else "problems: none found")
-    for problem, remedy in wrong:
-        print(f"  {problem}\n    -> {remedy}")
+    for title, found in (("problems", wrong := list(problems())), ("could be better", list(notes()))):
+        print(title if found else f"{title}: nothing found")
+        for what, remedy in found:
+            print(f"  {what}\n    -> {remedy}")
     return int(bool(wrong))
 
 
@@ -72,11 +72,15 @@ def problems() -> Iterator[tuple[str, str]]:
         yield f"there is an NVIDIA driver, but torch {torch.__version__} {why}", "install torch for your CUDA version"
     if torch.cuda.is_available() and installed("triton") is None:
         yield "triton is missing: the ops run as plain torch on the GPU, slowly", "pip install triton"
-    slow = dispatch.explain("selective_scan", "cpu", torch.float32)
+    slow = _explained("selective_scan", "cpu", torch.float32)
     if slow.startswith("reference") and "set by" not in slow:
         yield f"the CPU runs the plain torch scan, {slow}", "pip install -U llvmlite"
     if "fails" in slow:
         yield f"the forced implementation: {slow}", "unset VLMAMBA_OPS"
+
+
+def notes() -> Iterator[tuple[str, str]]:
+    """What works, but slower or with less than it might; often on purpose."""
     if torch.get_num_threads() == 1 and (os.cpu_count() or 1) > 1:
         yield f"torch uses 1 of {os.cpu_count()} CPUs", "unset OMP_NUM_THREADS, or raise it"
     if (font := _font_trouble()) is not None:
@@ -91,6 +95,13 @@ def _devices() -> Iterator[str]:
             yield f"cuda:{index}: {card.name}, {card.total_memory / 2**30:.0f} GiB, compute {card.major}.{card.minor}"
     if torch.backends.mps.is_available():
         yield "mps: Apple GPU"
+
+
+def _explained(op: str, device: str, dtype: torch.dtype) -> str:
+    try:
+        return dispatch.explain(op, device, dtype)
+    except ValueError as error:  # a setting that every op will refuse
+        return f"fails: {error}"
 
 
 def _places() -> Iterator[tuple[str, torch.dtype]]:

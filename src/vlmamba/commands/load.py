@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,18 +40,24 @@ def load(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
     kind = pick_dtype("auto" if dtype == INT8 else dtype, place)
     folder = find_model(name)
 
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils import logging
 
     from vlmamba.models.decode import read_as_int8
     from vlmamba.models.processor import VLMambaProcessor
     from vlmamba.models.vlm import VLMambaForConditionalGeneration
 
-    disable_progress_bar()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         processor = VLMambaProcessor.from_pretrained(folder)
         model = VLMambaForConditionalGeneration.from_pretrained(folder, dtype=kind)
-    except OSError as error:
+    except Exception as error:  # transformers and its parsers raise nearly anything on damaged files
         raise ValueError(f"{name} cannot be loaded: {error}") from error
+    if processor.image_token_id != model.config.image_token_id:
+        raise ValueError(
+            f"{name}: the model's image token is {model.config.image_token_id}, its processor's "
+            f"{processor.image_token_id}; they do not belong together"
+        )
     model = model.to(place).eval()
     if dtype == INT8:
         read_as_int8(model)
@@ -65,16 +70,14 @@ def find_model(name: str) -> Path:
         if not (NANO / "config.json").is_file():
             raise ValueError(f"the nano model is not in this installation ({NANO}); reinstall, or give --model FOLDER")
         return NANO
-    from vlmamba.models.weights import fetch
+    from vlmamba.models.weights import fetch, read_config
 
     folder = fetch(name)
-    config = folder / "config.json"
-    kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
+    kind = read_config(folder).get("model_type")
     if kind != "vlmamba":
         raise ValueError(
-            f"{name} is not a VL-Mamba: "
-            + (f"its config.json has model_type {kind!r}" if config.is_file() else "it holds no config.json")
-            + ". A VL-Mamba of pre-trained parts is made by VLMambaForConditionalGeneration.from_parts"
+            f"{name} is not a VL-Mamba: its config.json has model_type {kind!r}. "
+            "A VL-Mamba of pre-trained parts is made by VLMambaForConditionalGeneration.from_parts"
         )
     return folder
 

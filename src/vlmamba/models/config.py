@@ -6,7 +6,10 @@ import difflib
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, MambaConfig, PreTrainedConfig, SiglipVisionConfig
+
+from vlmamba.models.loading import check_sizes
 
 CONNECTORS = ("mlp", "vss-mlp", "vss-l2")
 SCANS = {
@@ -82,12 +85,16 @@ def _sub_config(value: Any, default: Any, name: str) -> PreTrainedConfig:
         return default()
     if isinstance(value, PreTrainedConfig):
         return value
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {value!r:.80}; expected a configuration")
     options = dict(value)
+    check_sizes(options, name)
     model_type = options.pop("model_type", default.model_type)
     try:
         return AutoConfig.for_model(model_type, **options)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    except (ValueError, StrictDataclassError) as error:
+        told = str(error).partition(". Should contain one of ")[0]  # of all model types that transformers knows
+        raise ValueError(f"{name}: {told}") from error
 
 
 def _expect(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -21,6 +21,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from vlmamba.models.images import ImageSource, crop_strip, pad_to_square, read_image
+from vlmamba.models.loading import check_sizes
 from vlmamba.models.template import PLACEHOLDER, Piece, message_pieces, pair_turns, turn_pieces
 
 IMAGE_MODES = ("crop", "pad")
@@ -59,6 +60,9 @@ class VLMambaProcessor(ProcessorMixin):
         _prepare(tokenizer, image_token)
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        height, width = self.image_size
+        for name, size in (("patch_size", patch_size), ("image_size", height), ("image_size", width)):
+            check_sizes({name: size}, "the processor")
 
     @classmethod
     def from_parts(
@@ -71,13 +75,10 @@ class VLMambaProcessor(ProcessorMixin):
         Raises:
             ValueError: a part that is not there, or a tokenizer that has more entries than the model has rows.
         """
-        from transformers import AutoConfig
-
-        from vlmamba.models.weights import fetch
+        from vlmamba.models.weights import fetch, read_vision_config
 
         folder = fetch(vision)
-        config = AutoConfig.from_pretrained(folder)
-        config = getattr(config, "vision_config", config)
+        config = read_vision_config(folder)
         image_processor = load_image_processor(folder, config)
         return cls(image_processor, load_tokenizer(language), config.patch_size, vision_cls, image_mode)
 
@@ -87,7 +88,7 @@ class VLMambaProcessor(ProcessorMixin):
         from transformers import PreTrainedTokenizerFast
 
         settings = (processor_dict or {}).get("image_processor")
-        if settings is None:
+        if not isinstance(settings, dict):
             raise ValueError(
                 f"{path} holds no processor_config.json with an image_processor: no VL-Mamba is saved there"
             )
@@ -225,17 +226,22 @@ class VLMambaProcessor(ProcessorMixin):
             processor_kwargs: `image_mode`, `padding` and `return_tensors`, as transformers' pipeline passes them.
         """
         if chat_template is not None or self.chat_template is not None:
-            return super().apply_chat_template(
-                conversation,
-                chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=tokenize,
-                return_dict=return_dict,
-                return_tensors=return_tensors,
-                processor_kwargs=processor_kwargs,
-                **kwargs,
-            )
+            from jinja2 import TemplateError
+
+            try:
+                return super().apply_chat_template(
+                    conversation,
+                    chat_template,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    tokenize=tokenize,
+                    return_dict=return_dict,
+                    return_tensors=return_tensors,
+                    processor_kwargs=processor_kwargs,
+                    **kwargs,
+                )
+            except TemplateError as error:
+                raise ValueError(f"the chat template cannot be rendered: {error}") from error
         options: dict[str, Any] = {"image_mode": image_mode, "padding": padding, "return_tensors": return_tensors}
         given = {**(processor_kwargs or {}), **kwargs}
         if unknown := sorted(set(given) - set(options)):
@@ -339,7 +345,7 @@ class VLMambaProcessor(ProcessorMixin):
                 runs[-1] = Piece("text", runs[-1].text + piece.text, piece.learn)
             else:
                 runs.append(piece)
-        texts = [run.text for run in runs if run.kind == "text"]
+        texts = [_well_formed(run.text) for run in runs if run.kind == "text"]
         encoded = iter(
             self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
         )
@@ -374,6 +380,8 @@ def load_tokenizer(language: str | Path) -> Any:
             f"{language} holds no tokenizer.json and that of {GPT_NEOX} could not be downloaded; "
             f"put a tokenizer.json into {folder}"
         ) from error
+    except Exception as error:  # of damaged files the tokenizers library and its readers raise nearly anything
+        raise ValueError(f"{folder / 'tokenizer.json'} is no tokenizer that can be read: {error!r}") from error
     rows = language_config(read_config(folder), str(language))[0].vocab_size
     if len(tokenizer) > rows:
         raise ValueError(f"the tokenizer for {language} has {len(tokenizer)} entries, its embedding {rows} rows")
@@ -426,6 +434,11 @@ def _prepare(tokenizer: Any, image_token: str) -> None:
         tokenizer.pad_token = "<|padding|>" if "<|padding|>" in vocabulary else tokenizer.eos_token
     tokenizer.padding_side = "left"
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
+
+
+def _well_formed(text: str) -> str:
+    """The text with `?` for halves of characters, which undecodable bytes of a terminal or JSON's escapes leave."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _checked_mode(mode: str) -> str:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, MambaConfig
 
 from vlmamba.models.config import VLMambaConfig
+from vlmamba.models.loading import check_sizes, refuse_misfits
 from vlmamba.models.mamba import VLMambaForCausalLM
 from vlmamba.models.names import to_runtime
 from vlmamba.models.template import PLACEHOLDER
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 # The converted state-spaces models on the Hub do not say that their last three rows are padding.
 _NEOX_TOKENS, _NEOX_ROWS = 50277, 50280
+_VISION_KINDS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -53,6 +56,7 @@ def language_config(raw: Mapping[str, Any], where: str) -> tuple[MambaConfig, in
     Raises:
         ValueError: for anything that is not a Mamba-1 with RMS norm.
     """
+    check_sizes(raw, where)
     if raw.get("model_type") == "mamba":
         config = MambaConfig(**{k: v for k, v in raw.items() if k != "model_type"})
         return config, _NEOX_TOKENS if config.vocab_size == _NEOX_ROWS else None
@@ -67,6 +71,8 @@ def language_config(raw: Mapping[str, Any], where: str) -> tuple[MambaConfig, in
     unknown = set(ssm) - set(names)
     if unknown:
         raise ValueError(f"{where}: unknown ssm_cfg keys {sorted(unknown)}; known are {sorted(names)}")
+    sizes = {names[key]: value for key, value in ssm.items()}
+    check_sizes(sizes, where)
     tokens = raw["vocab_size"]
     multiple = raw.get("pad_vocab_size_multiple", 8)
     config = MambaConfig(
@@ -75,7 +81,7 @@ def language_config(raw: Mapping[str, Any], where: str) -> tuple[MambaConfig, in
         vocab_size=-(-tokens // multiple) * multiple,
         residual_in_fp32=raw.get("residual_in_fp32", True),
         tie_word_embeddings=raw.get("tie_embeddings", True),
-        **{names[key]: value for key, value in ssm.items()},
+        **sizes,
     )
     return config, tokens
 
@@ -102,13 +108,20 @@ def fetch(source: str | Path, *, files: Iterable[str] = ()) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+    """The config.json of a checkpoint folder."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json, so it is not a checkpoint")
+    return _read_json(folder / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} holds no config.json, so it is not a checkpoint") from error
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected a table of keys")
+    return content
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -117,7 +130,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if found is None:
         raise ValueError(f"{folder} holds no weights; expected one of {', '.join(_FILES)}")
     if found.suffix == ".json":
-        shards = sorted(set(json.loads(found.read_text())["weight_map"].values()))
+        places = _read_json(found).get("weight_map")
+        if not isinstance(places, dict):
+            raise ValueError(f"{found} holds no weight_map, which says where each tensor is")
+        shards = sorted({str(shard) for shard in places.values()})
         missing = [name for name in shards if Path(name).name != name or not (folder / name).is_file()]
         if missing:
             raise ValueError(f"{found} names shards that are not there: {missing}")
@@ -132,7 +148,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or incomplete: {error}") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
@@ -153,16 +172,16 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -
     """
     own = model.state_dict()
     tied = set(getattr(model, "_tied_weights_keys", None) or {}) if _is_tied(model) else set()
-    problems = [f"missing {name} {tuple(own[name].shape)}" for name in own if name not in tensors and name not in tied]
-    problems += [f"surplus {name} {tuple(tensors[name].shape)}" for name in tensors if name not in own]
-    problems += [
-        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ValueError(f"{where} does not fit the model: {shown}")
+    refuse_misfits(
+        where,
+        [f"{name} {tuple(own[name].shape)}" for name in own if name not in tensors and name not in tied],
+        [f"{name} {tuple(tensors[name].shape)}" for name in tensors if name not in own],
+        [
+            f"{name} is {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
+            for name in own
+            if name in tensors and tensors[name].shape != own[name].shape
+        ],
+    )
     model.load_state_dict(dict(tensors), strict=False, assign=True)
 
 
@@ -194,14 +213,33 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return {}
-    content = json.loads(path.read_text())
-    return content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
+    content = _read_json(path)
+    try:
+        return content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a tokenizer of the tokenizers library: no {error} in it") from error
 
 
 def count_tokens(folder: Path) -> int | None:
     """Rows of the embedding that stand for text; None without a tokenizer."""
     ids = [number for token, number in read_vocabulary(folder).items() if token != PLACEHOLDER]
     return max(ids) + 1 if ids else None
+
+
+def read_vision_config(folder: Path) -> Any:
+    """The config of the vision half of a CLIP or SigLIP checkpoint.
+
+    Raises:
+        ValueError: another kind of model (its own code, if it brings any, does not run), or absurd sizes.
+    """
+    raw = read_config(folder)
+    kind = raw.get("model_type")
+    if kind not in _VISION_KINDS:
+        raise ValueError(f"{folder} has model_type {kind!r}; a vision encoder is one of {', '.join(_VISION_KINDS)}")
+    check_sizes(raw, str(folder))
+    check_sizes(raw.get("vision_config") or {}, f"{folder}, vision_config")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return getattr(config, "vision_config", config)
 
 
 def load_vision(source: str | Path, layer: int = -2, cls: bool = False) -> VisionTower:
@@ -211,7 +249,7 @@ def load_vision(source: str | Path, layer: int = -2, cls: bool = False) -> Visio
         ValueError: neither CLIP nor SigLIP, or a tensor missing, surplus or mis-shaped.
     """
     folder = fetch(source)
-    tower = build_vision_tower(AutoConfig.from_pretrained(folder), layer, cls)
+    tower = build_vision_tower(read_vision_config(folder), layer, cls)
     picked, surplus = tower.select_weights({name: t.float() for name, t in read_tensors(folder).items()})
     if surplus:
         raise ValueError(f"{source} holds tensors that belong to neither CLIP nor SigLIP: {', '.join(surplus[:8])}")
