@@ -151,6 +151,17 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         read_answers(log.parent)
 
 
+def test_nothing_is_asked_or_written_where_one_of_the_files_is_damaged(tmp_path: Path) -> None:
+    data, parrot = tmp_path / "data", Parrot()
+    put_mme(data / "mme")
+    victim = next(WRITERS["pope"](data / "pope").rglob("coco_pope_random.json"))
+    victim.write_text(victim.read_text()[:-9])
+    with pytest.raises(ValueError, match=r"coco_pope_random.json, line \d+ is damaged"):
+        evaluate(parrot, ["mme", "pope"], data, tmp_path / "out")
+    assert not parrot.asked
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_result_names_everything_and_reads_back(tmp_path: Path) -> None:
     data = put_scienceqa(tmp_path / "data")
     (result,) = evaluate(Parrot(), ["scienceqa"], data, tmp_path / "out")

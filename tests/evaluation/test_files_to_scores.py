@@ -186,7 +186,8 @@ def test_a_wrong_folder_says_what_is_missing_and_where_it_is(name: str, tmp_path
     other = put_pope(tmp_path / "data") if name != "pope" else put_gqa(tmp_path / "data")
     answers = put_lines(tmp_path / "answers.jsonl", llava_answers(name))
     with pytest.raises(ValueError, match=r"is missing.*(https://)"):
-        score(name, other, answers)
+        score(name, other, answers, out=tmp_path / "result.json")
+    assert not (tmp_path / "result.json").exists()
 
 
 @pytest.mark.parametrize("name", sorted(set(WRITERS) - {"mme", "mmbench"}))
@@ -196,7 +197,19 @@ def test_a_damaged_annotation_file_is_named(name: str, tmp_path: Path) -> None:
     victim = sorted(data.rglob("*.json"))[0]
     victim.write_text(victim.read_text()[: len(victim.read_text()) // 2])
     with pytest.raises(ValueError, match=f"{victim.name}.*damaged"):
-        score(name, data, answers)
+        score(name, data, answers, out=tmp_path / "result.json")
+    assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+def test_a_damaged_file_of_answers_is_named(name: str, tmp_path: Path) -> None:
+    data = WRITERS[name](tmp_path / "data")
+    answers = put_lines(tmp_path / "answers.jsonl", llava_answers(name)[:5])
+    answers.write_text(answers.read_text()[:-20])
+    with pytest.raises(ValueError, match=r"answers.jsonl, line 5 is damaged"):
+        score(name, data, answers, out=tmp_path / "result.json", submissions=tmp_path / "submissions")
+    assert not (tmp_path / "result.json").exists()
+    assert not (tmp_path / "submissions").exists()
 
 
 def test_damaged_tables_are_named(tmp_path: Path) -> None:
@@ -212,11 +225,19 @@ def test_damaged_tables_are_named(tmp_path: Path) -> None:
         score("mme", data, put_lines(tmp_path / "a.jsonl", llava_answers("mme")))
 
 
+def test_textvqa_passes_over_an_unknown_question(tmp_path: Path) -> None:
+    lines = llava_answers("textvqa")
+    unknown = {**lines[0], "prompt": "what is not asked?"}
+    result = scored("textvqa", tmp_path, put_lines(tmp_path / "answers.jsonl", [unknown, *lines]))
+    assert result["metrics"] == scored("textvqa", tmp_path)["metrics"]
+    assert result["coverage"]["unknown"] == 1
+
+
 def wrong(line: dict[str, Any]) -> dict[str, Any]:
     return {**line, "text": "neither here nor there"}
 
 
-@pytest.mark.parametrize("name", ["vqav2", "gqa", "scienceqa", "pope", "mme", "mmbench"])
+@pytest.mark.parametrize("name", ["vqav2", "gqa", "scienceqa", "pope", "mme", "mmbench", "mmvet"])
 def test_duplicates_and_unknown_ids_change_nothing(name: str, tmp_path: Path) -> None:
     lines = llava_answers(name)
     clean = scored(name, tmp_path)

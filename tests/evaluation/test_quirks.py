@@ -53,6 +53,7 @@ from vlmamba.evaluation.tasks.textvqa import question_of
         ("日本", "日本", "日本"),
         ("١,٢", "١٢", "١٢"),  # \d knows the digits of every script
         ("The answer is B.", "answer is b", "answer is b"),
+        ("A or B", "or b", "or b"),  # the letter A is an article
     ],
 )
 def test_normalisers(raw: str, official: str, m4c: str) -> None:
@@ -288,6 +289,40 @@ OPTIONS = {"A": "a red car", "B": "CO2", "C": "No"}
     ],
 )
 def test_mmbench_rules(text: str, old: str | None, current: str | None) -> None:
+    assert mmbench.infer_option(text, OPTIONS, "2023-12") == old
+    assert mmbench.infer_option(text, OPTIONS, "current") == current
+
+
+# What each scorer reads in the same answer, to "is it red?" or a choice of OPTIONS:
+# text, GQA, ScienceQA, POPE, MME, MMBench 2023-12, MMBench current.
+AWKWARD = [
+    ("two", "two", "FAILED", "yes", "other", None, None),  # numerals are made digits by the VQA scorers alone
+    ("2", "2", "FAILED", "yes", "other", None, None),
+    ("isn't", "isn't", "FAILED", "yes", "other", None, None),  # a contraction is no "not" to POPE
+    ("don't know", "don't know", "FAILED", "yes", "other", "C", "C"),  # option "No" is a part of "know"
+    ("no\nyes", "no\nyes", "FAILED", "yes", "no", "C", "C"),  # POPE parts at blanks only: no word "no"
+    ("B\nbecause it is", "b\nbecause it is", "FAILED", "yes", "other", "B", "B"),
+    ("n\u041e", "n\u043e", "FAILED", "yes", "other", None, None),  # a Cyrillic O is no o
+    ("\uff22", "\uff42", "FAILED", "yes", "other", None, None),  # nor is a full-width B an option
+    ("non, c'est bleu", "non, c'est bleu", "FAILED", "yes", "no", "C", "C"),
+    ("Yes, two", "yes, two", "FAILED", "yes", "yes", None, None),
+    ("Yes, B", "yes, b", "FAILED", "yes", "yes", "B", "B"),
+    ("NO", "no", "FAILED", "yes", "no", "C", "C"),
+    ("No!", "no!", "FAILED", "yes", "no", "C", "C"),  # "No!" is another word than "No"
+    ("The answer is B.", "the answer is b", "B", "yes", "other", "B", "B"),
+    ("A and B", "a and b", "FAILED", "yes", "other", None, None),
+    ("B, not A", "b, not a", "FAILED", "no", "other", "C", "C"),  # two letters: texts are tried, "no" is in "not"
+]
+
+
+@pytest.mark.parametrize(("text", "in_gqa", "in_scienceqa", "in_pope", "in_mme", "old", "current"), AWKWARD)
+def test_the_same_answer_to_every_scorer(
+    text: str, in_gqa: str, in_scienceqa: str, in_pope: str, in_mme: str, old: str | None, current: str | None
+) -> None:
+    assert gqa.prediction(text) == in_gqa
+    assert scienceqa.parse(text) == in_scienceqa
+    assert pope.parse(text) == in_pope
+    assert mme.parse(text) == in_mme
     assert mmbench.infer_option(text, OPTIONS, "2023-12") == old
     assert mmbench.infer_option(text, OPTIONS, "current") == current
 
