@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 from benchmarks import models, peers
 from benchmarks.bench import Bench
 from benchmarks.timing import Timing
-from vlmamba.data.collate import Batch
+from vlmamba.data.collate import NO_LABEL, Batch
 from vlmamba.models.mamba import VLMambaForCausalLM
 from vlmamba.training.optimizer import is_decayed
 from vlmamba.training.step import Step
@@ -113,9 +113,13 @@ def _batches(size: str, rows: int, length: int, micro: int, packed: bool) -> lis
     for row in range(rows):
         cuts = torch.cumsum(torch.randint(200, 700, (length // 200 + 1,)), 0)
         seq_idx[row] = torch.bucketize(torch.arange(length), cuts, right=True)
+    labels = ids.clone()
+    labels[:, 0] = NO_LABEL
+    if packed:  # nothing stands before the first token of a sequence to predict it from
+        labels[:, 1:][seq_idx[:, 1:] != seq_idx[:, :-1]] = NO_LABEL
     return [
-        Batch(part, part, index if packed else None, None, part.numel(), part.numel(), ())
-        for part, index in zip(ids.chunk(micro), seq_idx.chunk(micro))
+        Batch(part, wanted, index if packed else None, None, int((wanted != NO_LABEL).sum()), part.numel(), ())
+        for part, wanted, index in zip(ids.chunk(micro), labels.chunk(micro), seq_idx.chunk(micro))
     ]
 
 

@@ -20,6 +20,7 @@ def next_token_loss(
     seq_idx_BL: Tensor | None = None,
     num_items: Tensor | int | None = None,
     num_tokens: int | None = None,
+    num_labels: int | None = None,
 ) -> Tensor:
     """Mean over the supervised positions of -log p(label), float32 scalar.
 
@@ -30,13 +31,22 @@ def next_token_loss(
         num_items: divides the sum instead of the number of labels here, so that accumulated or distributed batches
             weigh every token alike.
         num_tokens: rows of the head that stand for a token; padded rows above take no probability.
+        num_labels: the supervised positions, where their number is known: a GPU need then not be asked, and waited for.
+
+    Raises:
+        ValueError: `num_labels` is another number than that of the labels (seen on the CPU alone).
     """
     targets = F.pad(labels_BL[:, 1:], (0, 1), value=-100)
     if seq_idx_BL is not None:
         crosses = F.pad(seq_idx_BL[:, 1:] != seq_idx_BL[:, :-1], (0, 1), value=True)
         targets = targets.masked_fill(crosses, -100)
-    chosen = targets != -100
-    hidden_Td, targets_T = hidden_BLd[chosen], targets[chosen]
+    chosen = (targets != -100).flatten()
+    if num_labels is None:
+        places_T = chosen.nonzero()[:, 0]
+    else:
+        _check_count(chosen, num_labels)
+        places_T = chosen.nonzero_static(size=num_labels)[:, 0]
+    hidden_Td, targets_T = hidden_BLd.flatten(0, 1).index_select(0, places_T), targets.flatten()[places_T]
 
     def chunk_loss(hidden: Tensor, target: Tensor) -> Tensor:
         logits = lm_head(hidden)
@@ -50,3 +60,8 @@ def next_token_loss(
         for hidden, target in zip(hidden_Td.split(_CHUNK), targets_T.split(_CHUNK), strict=True):
             total = total + checkpoint(chunk_loss, hidden, target, use_reentrant=False)
     return total / (num_items if num_items is not None else max(len(targets_T), 1))
+
+
+def _check_count(chosen: Tensor, num_labels: int) -> None:
+    if type(chosen) is Tensor and chosen.device.type == "cpu" and int(chosen.sum()) != num_labels:
+        raise ValueError(f"num_labels is {num_labels}, but {int(chosen.sum())} positions have a label to predict")

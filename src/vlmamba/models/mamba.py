@@ -380,6 +380,7 @@ class VLMambaForCausalLM(VLMambaPreTrainedModel, GenerationMixin):
         seq_idx: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         num_tokens: int | None = None,
+        num_labels: int | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -393,6 +394,7 @@ class VLMambaForCausalLM(VLMambaPreTrainedModel, GenerationMixin):
                 `prefill.CHUNK` tokens is read in pieces where no gradient is wanted; with this, in the memory of one.
             num_items_in_batch: divides the summed loss (token-weighted accumulation); default: the labels counted.
             num_tokens: entries of the vocabulary that exist; the padded rows above get logit -inf and no loss.
+            num_labels: how many positions have a label to predict, if known: a GPU is then not waited for.
 
         Returns:
             loss (float32 scalar), logits (B, kept, V), cache_params.
@@ -420,7 +422,9 @@ class VLMambaForCausalLM(VLMambaPreTrainedModel, GenerationMixin):
         )
         hidden = output.last_hidden_state
         if labels is not None:
-            output.loss = next_token_loss(self.lm_head, hidden, labels, seq_idx, num_items_in_batch, num_tokens)
+            output.loss = next_token_loss(
+                self.lm_head, hidden, labels, seq_idx, num_items_in_batch, num_tokens, num_labels
+            )
             if self.training:
                 return output
         if isinstance(logits_to_keep, int):

@@ -134,6 +134,7 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         seq_idx: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        num_labels: int | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -171,6 +172,7 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
             seq_idx=seq_idx,
             num_items_in_batch=num_items_in_batch,
             num_tokens=self.config.num_text_tokens,
+            num_labels=num_labels,
             output_hidden_states=output_hidden_states,
         )
         if output.logits is not None and self.config.image_token_id < output.logits.shape[-1]:

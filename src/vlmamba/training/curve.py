@@ -57,7 +57,7 @@ def _panel(name: str, lines: Sequence[Mapping[str, float]]) -> str:
         return MARGIN + (right - MARGIN) * step / max(steps)
 
     def y(loss: float) -> float:
-        return floor - (floor - 34) * (math.log(loss) - math.log(low)) / (math.log(high) - math.log(low))
+        return floor - (floor - 34) * (math.log(max(loss, low)) - math.log(low)) / (math.log(high) - math.log(low))
 
     parts = [f'<text x="{MARGIN}" y="20" font-size="13">{escape(name)}: {losses[-1]:.3f} at step {steps[-1]}</text>']
     for value in _ticks(low, high):

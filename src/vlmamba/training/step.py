@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -105,6 +106,7 @@ class Step:
         self.parallel = parallel or Parallel(model, World(), device)
         tower = getattr(model, "vision_tower", None)
         self.image_size: int | None = None if tower is None else tower.image_size
+        self.counts_labels = "num_labels" in signature(model.forward).parameters
 
     def count(self, micro_batches: list[Batch]) -> Tally:
         """What all processes hold of a global batch."""
@@ -158,6 +160,8 @@ class Step:
             batch = replace(batch, input_ids=_STAND_IN, labels=torch.full_like(_STAND_IN, NO_LABEL), seq_idx=None)
         batch = batch.to(self.device)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "labels": batch.labels}
+        if self.counts_labels:
+            inputs["num_labels"] = batch.num_labels
         if batch.seq_idx is not None:
             inputs["seq_idx"] = batch.seq_idx
         if batch.pixels is not None:
