@@ -1,4 +1,5 @@
-"""Memory of one sequence by its length: ours in chunks from a state, a Transformer with the cache it needs.
+"""Memory of one sequence by its length: ours in chunks from a state (the caller's, or those that `model(...)` makes by
+itself: "shipped"), a Transformer with the cache it needs.
 
 The peak is counted above the weights. Shapes: L length.
 """
@@ -31,7 +32,8 @@ def _one(bench: Bench, size: str, contender: models.LanguageModel) -> None:
     bench.free()
     weights = torch.cuda.memory_allocated() / 2**30 if bench.device.type == "cuda" else 0.0
     growth = 1 if who == models.OURS else 2  # the power of the length by which the time grows
-    for chunk, mode in ((CHUNK // shrink, f"chunks of {CHUNK // shrink}"), (LENGTHS[-1], "in one piece")):
+    whole = "shipped" if who == models.OURS else "in one piece"
+    for chunk, mode in ((CHUNK // shrink, f"chunks of {CHUNK // shrink}"), (LENGTHS[-1], whole)):
         _read(model, who, models.tokens(size, 1, CHUNK // shrink, bench.device), chunk)  # compiles, tunes
         seconds, before = 0.0, 1
         for length in (length // shrink for length in LENGTHS):

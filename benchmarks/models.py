@@ -128,6 +128,12 @@ def read(model: nn.Module, input_ids: Tensor) -> Tensor:
     return model(input_ids=input_ids, use_cache=True, logits_to_keep=1).logits
 
 
+def read_through_modules(model: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+    """The same of ours without the graphs and pieces that its `forward` takes by itself: module by module, at once."""
+    hidden = model.backbone(input_ids, inputs_embeds=inputs_embeds, use_cache=True).last_hidden_state
+    return model.lm_head(hidden[:, -1:])
+
+
 def read_mamba_ssm(model: nn.Module, input_ids: Tensor) -> Tensor:
     from mamba_ssm.utils.generation import InferenceParams
 

@@ -1,5 +1,6 @@
 """Reading a prompt: from tokens to the logits of the next one and the state, one sequence of 512 to 128K tokens and
-batches, ours and the peers' alike eager and as one CUDA graph.
+batches, ours and the peers' alike eager and as one CUDA graph. "shipped" is ours as `model(...)` and `generate` read by
+themselves: short prompts through graphs of its own, long ones in pieces.
 
 Shapes: B batch, L length.
 """
@@ -13,11 +14,14 @@ import torch
 
 from benchmarks import models
 from benchmarks.bench import Bench
+from benchmarks.gate import relative
 from benchmarks.timing import Timing, captured, measure
 
 # (batch, length), the most telling first: a run that is cut short has these.
 CASES = ((1, 1024), (8, 1024), (1, 131072), (1, 4096), (1, 512), (1, 32768), (1, 65536))
 GRAPHED_UP_TO = 8192  # tokens; longer prompts keep the device busy by themselves
+AGREE_UP_TO = 8192  # positions; the modules read a prompt in one piece
+ROUNDING = 5e-2  # of two bfloat16 passes through 64 layers whose products are cut differently
 PLAIN_UP_TO = 512  # transformers without kernels loops over positions in Python: 130,000 launches for 512
 
 
@@ -48,18 +52,40 @@ def _one(bench: Bench, size: str, contender: models.LanguageModel, until: float)
             continue
         ids = models.tokens(size, batch, length, bench.device)
         graphed = bench.device.type == "cuda" and batch * length <= GRAPHED_UP_TO and contender.who != models.PLAIN
-        for mode in ("eager", "graph") if graphed else ("eager",):
+        for mode, function in _ways(contender, graphed).items():
             with bench.row_of(case_of(size, batch, length), contender.who, mode):
-                timing = _time(bench, lambda ids=ids: contender.prefill(model, ids), mode == "graph")
+                note = _agreement(model, ids) if mode == "shipped" and length <= AGREE_UP_TO else ""
+                timing = _time(bench, lambda ids=ids, f=function: f(model, ids), mode == "graph")
                 bench.add(
                     case_of(size, batch, length),
                     contender.who,
                     mode,
                     timing,
                     floor_flops=2.0 * batch * (body * length + head),
+                    note=note,
                     batch=batch,
                     length=length,
                 )
+
+
+def _ways(contender: models.LanguageModel, graphed: bool) -> dict[str, Callable[[Any, torch.Tensor], Any]]:
+    ours = contender.who == models.OURS
+    plain = models.read_through_modules if ours else contender.prefill
+    shipped = {"shipped": contender.prefill} if ours else {}
+    return {**shipped, "eager": plain, **({"graph": plain} if graphed else {})}
+
+
+def _agreement(model: Any, ids: torch.Tensor) -> str:
+    """How the logits of the shipped way compare with those of the modules; an error if by more than rounding."""
+    for _ in range(3):  # the first prompt of a size runs kernel by kernel, the second is captured
+        shipped = models.read(model, ids)
+    exact = models.read_through_modules(model, ids)
+    if torch.equal(shipped, exact):
+        return "logits bit for bit those of the modules"
+    error = relative(shipped, exact)
+    if not error <= ROUNDING:
+        raise ValueError(f"logits are off by {error:.2g} from those of the modules, more than {ROUNDING}")
+    return f"logits within {error:.1g} of those of the modules"
 
 
 def cases(toy: bool) -> list[tuple[int, int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from test_decode import make, tokens
@@ -239,3 +241,94 @@ def test_a_residual_stream_in_the_dtype_of_the_model(graph):
         result = reader.read(Prompt.of(ids, None, None, 0), None)
         assert result is not None
         assert torch.equal(result[0], plain(model, ids)[0])
+
+
+# On a GPU: `forward` and `generate` themselves.
+
+
+@pytest.fixture
+def on_gpu():
+    return make("cuda", torch.bfloat16, hidden_size=64, num_hidden_layers=3, state_size=16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 64), (2, 192), (8, 16)])
+@torch.no_grad()
+def test_full_buckets_on_the_gpu_equal_the_modules(on_gpu, shape):
+    """The same kernels on the same shapes: logits and states bit for bit, before and after the capture."""
+    ids = tokens(*shape).cuda()
+    expected, after = plain(on_gpu, ids)
+    for _ in range(3):
+        output = on_gpu(ids, logits_to_keep=1, use_cache=True)
+        assert torch.equal(output.logits, on_gpu.lm_head(on_gpu.backbone(ids).last_hidden_state[:, -1:]))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(output.cache_params.conv + output.cache_params.ssm, after.conv + after.ssm)
+        )
+    assert_close(output.logits, expected[:, -1:], rtol=3e-2, atol=3e-2)
+    assert all(bucket._replay is not None for bucket in prefill._readers[on_gpu].buckets.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 77), (9, 20)])
+@torch.no_grad()
+def test_prompts_on_the_gpu_are_as_exact_as_the_modules(on_gpu, shape):
+    """Against float64 no further off than the modules, from a state too, with padding before the text."""
+    exact = make(hidden_size=64, num_hidden_layers=3, state_size=16)
+    exact.load_state_dict(on_gpu.state_dict())
+    exact = exact.double().cuda()
+    first, mask = tokens(shape[0], 33, seed=8).cuda(), torch.ones(shape[0], 33, dtype=torch.long, device="cuda")
+    mask[0, :7] = 0
+    second = tokens(shape[0], max(shape[1], 2), seed=1).cuda()
+    for _ in range(3):
+        state = on_gpu(first, attention_mask=mask, use_cache=True, logits_to_keep=1).cache_params
+        ours = on_gpu(second, cache_params=state, logits_to_keep=1).logits[:, 0]
+    states = [MambaState.empty(3), MambaState.empty(3)]
+    theirs, right = (
+        [plain(m, first, s, mask), plain(m, second, s)][1][0][:, -1] for m, s in zip((on_gpu, exact), states)
+    )
+    assert (ours.double() - right).norm() <= 2 * (theirs.double() - right).norm()
+    for a, b, c in zip(state.ssm, states[0].ssm, states[1].ssm):
+        assert (a.double() - c).norm() <= 2 * (b.double() - c).norm() + 1e-6
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_changed_weights_and_a_small_number_of_buckets_on_the_gpu(on_gpu, monkeypatch):
+    monkeypatch.setattr(prefill, "KEPT", 2)
+    for length in (16, 16, 32, 32, 48, 48, 16, 16, 48, 32):
+        ids = tokens(2, length, seed=length).cuda()
+        on_gpu.backbone.layers[1].mixer.ssm.A_log.add_(0.01 * (length == 48))
+        expected = on_gpu.lm_head(on_gpu.backbone(ids).last_hidden_state[:, -1:])
+        assert torch.equal(on_gpu(ids, logits_to_keep=1).logits, expected)
+    assert len(prefill._readers[on_gpu].buckets) <= 2
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_long_prompts_on_the_gpu_take_the_memory_of_a_piece(on_gpu):
+    """Four times the length, hardly more memory; the same logits and state as in smaller pieces, to rounding."""
+    peaks = []
+    for length in (3 * prefill.CHUNK, 12 * prefill.CHUNK):
+        ids = tokens(1, length).cuda()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        on_gpu(ids, use_cache=True, logits_to_keep=1)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] <= 1.1 * peaks[0] + 2**20
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_generate_reads_through_buckets_and_decodes_from_them(on_gpu):
+    """The answer is that of prompts read by the modules, and the state lies where decoding wants it."""
+    ids = tokens(2, 21).cuda()
+    greedy = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "suppress_tokens": [0, 1]}
+    answers = [on_gpu.generate(ids, **greedy) for _ in range(3)]
+    assert all(torch.equal(a, answers[0]) for a in answers)
+    state = MambaState.empty(3)
+    gc.collect()  # the states of the answers are gone
+    first = on_gpu(ids, cache_params=state, logits_to_keep=1).logits[:, 0, 2:].argmax(-1) + 2
+    assert decode._decoders[on_gpu].lane(2).holds(state)
+    assert torch.equal(first, answers[0][:, 21])

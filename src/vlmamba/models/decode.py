@@ -212,7 +212,8 @@ class Lane:
         assert batch is not None
         self.push_out()
         conv, ssm = ([t[:batch] for t in held if t is not None] for held in (self.pool.conv, self.pool.ssm))
-        torch._foreach_copy_(conv + ssm, [t for t in state.conv + state.ssm if t is not None])
+        copy_all(conv, state.conv)
+        copy_all(ssm, state.ssm)
         self._rows = (conv, ssm)
         state.conv, state.ssm = list(conv), list(ssm)
         self._owner = weakref.ref(state)
@@ -233,7 +234,7 @@ class Lane:
         """Points the first `batch` rows at their slots and the others at the spare one; no row ends by itself."""
         buffers = self.step.buffers
         buffers.slots.fill_(self.step.spare)
-        buffers.slots[:batch] = torch.arange(batch, dtype=torch.int32)
+        buffers.slots[:batch] = torch.arange(batch, dtype=torch.int32, device=buffers.slots.device)
         buffers.stops.fill_(-1)
         buffers.temperature.zero_()
 
@@ -403,7 +404,13 @@ def hand_over(model: nn.Module, state: MambaState, conv: Sequence[Tensor], ssm: 
         lent = isinstance(held, Decoder) and held.checked and held.lend(state, len(ssm[0]))
         if not lent:
             state.conv, state.ssm = [torch.empty_like(t) for t in conv], [torch.empty_like(t) for t in ssm]
-    torch._foreach_copy_([t for t in state.conv + state.ssm if t is not None], [*conv, *ssm])
+    copy_all(state.conv, conv)
+    copy_all(state.ssm, ssm)
+
+
+def copy_all(targets: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> None:
+    """Copies tensors of one dtype to others of one dtype: so it takes a launch or two however many they are."""
+    torch._foreach_copy_([t for t in targets if t is not None], [t for t in sources if t is not None])
 
 
 @torch.no_grad()

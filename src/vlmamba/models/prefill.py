@@ -157,9 +157,11 @@ class Bucket:
         if last is not None:
             self.last.copy_(last)
         if start is not None:
-            torch._foreach_copy_(self.conv + self.ssm, [t for t in start.conv + start.ssm if t is not None])
+            decode.copy_all(self.conv, start.conv)
+            decode.copy_all(self.ssm, start.ssm)
         elif not self._at_start:
-            torch._foreach_zero_(self.conv + self.ssm)
+            torch._foreach_zero_(self.conv)
+            torch._foreach_zero_(self.ssm)
         self._at_start = start is None
         if self._replay is None and self._met:
             self._replay = self._capture(self._compute)
@@ -356,6 +358,8 @@ def read(
     if (slots is not None and (length == 1 or slots != batch)) or _is_capturing(tokens):
         return None
     on_gpu = tokens.is_cuda and not torch.is_autocast_enabled("cuda")
+    if inputs_embeds is not None and inputs_embeds.dtype != model.lm_head.weight.dtype:
+        on_gpu = False
     if not on_gpu:
         _readers.pop(model, None)
         if length <= piece_of(batch):
