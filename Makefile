@@ -1,4 +1,4 @@
-# demo, test, test-newest, test-gpu, lint, bench. Every target installs what it needs into .venv.
+# demo, test, test-newest, test-lmms, test-gpu, lint, bench. Every target installs what it needs into .venv.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -15,6 +15,12 @@ test: $(VENV)/dev.done
 test-newest: $(VENV)/dev.done
 	$(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/newest "transformers<6"
 	PYTHONPATH=$(VENV)/newest $(BIN)/python -m pytest -q tests/models tests/test_cli.py
+
+# The plugin against lmms-eval's own registry and types, without its forty dependencies.
+test-lmms: $(VENV)/dev.done
+	$(BIN)/pip install -q --upgrade --target $(VENV)/lmms loguru pydantic pytz
+	$(BIN)/pip install -q --upgrade --no-deps --target $(VENV)/lmms lmms_eval==0.7.3
+	PYTHONPATH=$(VENV)/lmms $(BIN)/python -m pytest -q tests/commands/test_lmms.py
 
 test-gpu: $(VENV)/dev.done
 	$(BIN)/python -m pytest -q -m gpu
@@ -36,4 +42,4 @@ $(VENV)/dev.done: $(VENV)/demo.done
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev,train,lora,eval]"
 	touch $@
 
-.PHONY: demo test test-newest test-gpu lint bench
+.PHONY: demo test test-newest test-lmms test-gpu lint bench
