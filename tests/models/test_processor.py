@@ -165,6 +165,7 @@ def test_batch_is_left_padded(processor, tmp_path):
         ("<image>", [picture(), picture()], "1 <image> .* 2 image"),
         (["<image><image>", "x"], [picture()], "2 <image> .* 1 image"),
         (["<image><image>", "x"], [[picture()], [picture()]], r"\[2, 0\] .* \[1, 1\]"),
+        ([], None, r"list of strings; got \[\]"),
     ],
 )
 def test_counts_that_do_not_match(processor, text, images, numbers):
@@ -281,6 +282,13 @@ def test_malformed_options_are_named(processor):
         processor.apply_chat_template([user({"type": "image"})], tokenize=True)
     with pytest.raises(ValueError, match="must be the assistant's"):
         processor.apply_chat_template([user("x")], continue_final_message=True)
+
+
+def test_address_that_does_not_answer_is_named(processor):
+    with pytest.raises(ValueError, match="http://localhost:1/x.png cannot be fetched"):
+        processor.apply_chat_template(
+            [user({"type": "image", "url": "http://localhost:1/x.png"})], tokenize=True, return_dict=True
+        )
 
 
 def test_empty_question(processor):

@@ -179,8 +179,8 @@ class VLMambaProcessor(ProcessorMixin):
         return super().__call__(images=flat or None, text=text, **kwargs)
 
     def _check_counts(self, texts: list[str], groups: list[list[Any]], nested: bool) -> None:
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError("text must be a string or a list of strings")
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"text must be a string or a list of strings; got {texts!r:.80}")
         marks = [text.count(self.image_token) for text in texts]
         given = [len(group) for group in groups]
         if sum(marks) != sum(given):
@@ -473,5 +473,8 @@ def _fetched(image: Any) -> Any:
     if image.startswith(("http://", "https://")):
         from transformers.image_utils import load_image
 
-        return load_image(image)
+        try:
+            return load_image(image)
+        except Exception as error:  # the network, the server and the picture each have errors of their own
+            raise ValueError(f"{image:.200} cannot be fetched: {error}") from error
     return image
