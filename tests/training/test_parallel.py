@@ -109,7 +109,9 @@ def test_small_parameters_stay_wide_in_bf16(recipe) -> None:
         mixer.ssm.register_forward_hook(lambda module, _, out: seen["ssm"].update(t.dtype for t in out))
         mixer.in_proj.register_forward_hook(lambda module, *_: seen["in_proj"].add(module.weight.dtype))
         batch = next(make_feed(config, processor, torch.device("cpu")).batches())[0]
-        step = SimpleNamespace(device=torch.device("cpu"), normalise=processor.normalise, counts_labels=True)
+        step = SimpleNamespace(
+            device=torch.device("cpu"), normalise=processor.normalise, counts_labels=True, image_size=None
+        )
         inputs = Step.inputs(step, batch)
         with torch.autocast("cpu", torch.bfloat16):
             loss = whole(None, **inputs, use_cache=False)

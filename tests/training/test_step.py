@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -139,3 +141,16 @@ def test_flags_change_nothing(recipe, flag, monkeypatch) -> None:
     plain, batch = make_step(recipe())
     flagged, same = make_step(recipe(optim={flag: True}))
     assert flagged(same).read() == pytest.approx(plain(batch).read(), rel=1e-5)
+
+
+def test_images_and_placeholders_must_fit(recipe) -> None:
+    step, batch = make_step(recipe())
+    odd = next(piece for piece in batch if piece.pixels is not None)
+    with pytest.raises(ValueError, match=r"image placeholders, its \d+ images give"):
+        step([replace(odd, pixels=torch.cat([odd.pixels, odd.pixels]))])
+
+
+def test_labels_are_as_many_as_were_counted(recipe) -> None:
+    step, batch = make_step(recipe())
+    with pytest.raises(ValueError, match=r"num_labels is 1, but \d+ positions"):
+        step([replace(batch[0], num_labels=1)])

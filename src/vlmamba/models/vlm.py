@@ -97,18 +97,20 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
             check()
         return embeds
 
-    def _words(self, input_ids: Tensor) -> tuple[Tensor, Check | None]:
+    def _words(self, input_ids: Tensor, seen: bool = False) -> tuple[Tensor, Check | None]:
         """Ids (B, L) of text alone, and a check that they are, if it is still to be made."""
         is_image = input_ids == self.config.image_token_id
-        check = Check(is_image.sum(), None)
-        return input_ids.masked_fill(is_image, 0), check.unless_made(can_wait(input_ids))
+        words = input_ids.masked_fill(is_image, 0)
+        return words, None if seen else Check(is_image.sum(), None).unless_made(can_wait(input_ids))
 
-    def _with_images(self, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Check | None]:
+    def _with_images(
+        self, input_ids: Tensor, pixel_values: Tensor, seen: bool = False
+    ) -> tuple[Tensor, Check | None]:
         """Embeddings (B, L, d), and a check that there is an image for every placeholder, if it is still to be made."""
         features = self.get_image_features(pixel_values)  # first: the device works on it while we go on
         is_image = input_ids == self.config.image_token_id
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
-        check = Check(is_image.sum(), features.shape[:2]).unless_made(can_wait(input_ids))
+        check = None if seen else Check(is_image.sum(), features.shape[:2]).unless_made(can_wait(input_ids))
         tokens = features.to(embeds.dtype).flatten(0, 1)
         if torch.is_grad_enabled() or not len(tokens):
             return embeds.masked_scatter(is_image[..., None], tokens), check
@@ -144,6 +146,8 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, L); every image stands as P copies of `config.image_token_id`.
             pixel_values: (I, 3, H, W), the images of the whole batch in reading order.
+            num_labels: how many positions have a label to predict, from a caller who has looked at the batch before it
+                went to the device, and seen that its images fit: nothing is then waited for.
         """
         padding, check = None, None
         if attention_mask is not None:  # looked at before the device is given work: looking waits for it
@@ -153,10 +157,10 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
             if input_ids is None:
                 raise ValueError("give either input_ids or inputs_embeds")
             if pixel_values is not None:
-                inputs_embeds, check = self._with_images(input_ids, pixel_values)
+                inputs_embeds, check = self._with_images(input_ids, pixel_values, num_labels is not None)
                 input_ids = None
             elif cache_params is None or not self._is_one_more_word(input_ids):
-                input_ids, check = self._words(input_ids)
+                input_ids, check = self._words(input_ids, num_labels is not None)
         elif pixel_values is not None:
             raise ValueError("give images either as pixel_values with input_ids, or inside inputs_embeds")
         else:

@@ -158,6 +158,8 @@ class Step:
         for this one) is two tokens without a label."""
         if not batch.input_ids.numel():
             batch = replace(batch, input_ids=_STAND_IN, labels=torch.full_like(_STAND_IN, NO_LABEL), seq_idx=None)
+        if self.counts_labels and self.image_size is not None:
+            self._check_images(batch)
         batch = batch.to(self.device)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "labels": batch.labels}
         if self.counts_labels:
@@ -167,3 +169,14 @@ class Step:
         if batch.pixels is not None:
             inputs["pixel_values"] = self.normalise(batch.pixels)
         return inputs
+
+    def _check_images(self, batch: Batch) -> None:
+        """Here, on the CPU, for the model does not look: ValueError if placeholders and images do not fit."""
+        images = 0 if batch.pixels is None else len(batch.pixels)
+        expected = images * self.model.vision_tower.num_tokens
+        placeholders = int((batch.input_ids == self.model.config.image_token_id).sum())
+        if placeholders != expected:
+            raise ValueError(
+                f"a micro-batch holds {placeholders} image placeholders, its {images} images give {expected} visual "
+                f"tokens; samples: {', '.join(batch.ids)[:500]}"
+            )
