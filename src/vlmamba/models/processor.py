@@ -5,6 +5,7 @@ Letters: I images, H and W pixels, B prompts, L tokens, P tokens of one image.
 
 from __future__ import annotations
 
+import functools
 import base64
 import binascii
 import warnings
@@ -125,10 +126,7 @@ class VLMambaProcessor(ProcessorMixin):
     def normalise(self, pixels_IHW: Tensor) -> Tensor:
         """uint8 pixels (I, 3, H, W) to what the vision tower expects, float32, on their device."""
         processor = self.image_processor
-        mean, std = (
-            torch.tensor(value, dtype=torch.float32, device=pixels_IHW.device).view(3, 1, 1)
-            for value in (processor.image_mean, processor.image_std)
-        )
+        mean, std = (_channels(tuple(v), pixels_IHW.device) for v in (processor.image_mean, processor.image_std))
         return (pixels_IHW.float() * processor.rescale_factor - mean) / std
 
     def _framed(self, source: ImageSource, mode: str | None) -> Image.Image:
@@ -478,3 +476,10 @@ def _fetched(image: Any) -> Any:
         except Exception as error:  # the network, the server and the picture each have errors of their own
             raise ValueError(f"{image:.200} cannot be fetched: {error}") from error
     return image
+
+
+@functools.cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, 1, 1), kept: with every copy to a GPU the host would wait for all the work given to it before."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
