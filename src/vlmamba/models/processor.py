@@ -5,9 +5,9 @@ Letters: I images, H and W pixels, B prompts, L tokens, P tokens of one image.
 
 from __future__ import annotations
 
-import functools
 import base64
 import binascii
+import functools
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
