@@ -1,8 +1,8 @@
 """A model that answers many questions at a time, and reads a picture once for all questions on it.
 
-Where prompts share their pictures each is read in two parts: up to the end of its last picture, once for all prompts
-that begin so, and the rest, after the states were copied to the questions. Padding changes no state, so an answer does
-not depend on its company.
+A prompt is read in two parts: up to the end of its last picture, once for all prompts that begin so and mostly without
+padding, and the rest, after the states were copied to the questions. Padding changes no state, so an answer does not
+depend on its company.
 
 Shapes: B prompts, L tokens, I images, V vocabulary.
 """
@@ -158,8 +158,10 @@ class ModelAnswerer:
         slots = [distinct.setdefault((p.begin, p.pictures), len(distinct)) for p in prompts]
         firsts = [prompts[slots.index(slot)] for slot in range(len(distinct))]
         pixels = self._normalised([name for first in firsts for name in first.pictures])
-        if len(distinct) == len(prompts):  # one pass costs less than two
-            return self._padded([p.begin + p.rest for p in prompts]) | pixels
+        whole = [p.begin + p.rest for p in prompts]
+        # One pass costs less than two, but with padding in it a tenth more: then the long part is read without.
+        if len(distinct) == len(prompts) and len(set(map(len, whole))) == 1:
+            return self._padded(whole) | pixels
         state = MambaState.empty(self.model.config.text_config.num_hidden_layers)
         self.model(**self._padded([p.begin for p in firsts]), **pixels, cache_params=state, logits_to_keep=1)
         return self._padded([p.rest for p in prompts]) | {
