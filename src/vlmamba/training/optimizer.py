@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vlmamba.training.config import PARTS, OptimConfig, PartConfig, StageConfig
 
@@ -77,9 +77,9 @@ def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict[str, Any
 
 
 def make_optimizer(groups: list[dict[str, Any]], optim: OptimConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW with float32 moments; one fused kernel on CUDA."""
+    """AdamW with float32 moments, fused: a loop over the parameters in Python costs more than a small model's step."""
     return torch.optim.AdamW(
-        groups, lr=0.0, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=device.type == "cuda" or None
+        groups, lr=0.0, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=device.type in ("cuda", "cpu") or None
     )
 
 
@@ -93,4 +93,8 @@ def rate_at(progress: float, optim: OptimConfig) -> float:
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        rate = group["peak_lr"] * factor
+        if isinstance(group["lr"], Tensor):  # where a captured step reads it
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
