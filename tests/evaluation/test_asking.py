@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Sequence
 from itertools import pairwise
@@ -227,6 +228,8 @@ def test_table_and_page(tmp_path: Path) -> None:
     console.print(table(results, "letters"))
     text = console.export_text()
     assert "1369.6" in text
+    assert re.search(r"MME .* 372 .* 1369\.6 .* \d+\.\d ± \d\.\d", text)
+    assert re.search(r"MMBench .* 388 .* 57\.0 .* \d\.\d +│", text)  # its questions have one picture: no spread
     assert "57.0" in text
     path = report(tmp_path / "one", tmp_path / "page.html", compare=tmp_path / "two", sample=3)
     html = path.read_text()
@@ -234,6 +237,7 @@ def test_table_and_page(tmp_path: Path) -> None:
     assert "data:image/jpeg;base64," in html
     assert "McNemar" in html
     assert "rule version current" in html
+    assert "(standard error, pictures drawn at random)" in html
     assert "http://" not in html.replace("http://www.w3.org", "")
     assert 'src="http' not in html
     with pytest.raises(ValueError, match="no result"):

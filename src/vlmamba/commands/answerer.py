@@ -164,9 +164,9 @@ class ModelAnswerer:
             return self._padded(whole) | pixels
         state = MambaState.empty(self.model.config.text_config.num_hidden_layers)
         self.model(**self._padded([p.begin for p in firsts]), **pixels, cache_params=state, logits_to_keep=1)
-        return self._padded([p.rest for p in prompts]) | {
-            "state": state.gather(torch.tensor(slots, device=self.device))
-        }
+        if len(distinct) < len(prompts):
+            state = state.gather(torch.tensor(slots, device=self.device))
+        return self._padded([p.rest for p in prompts]) | {"state": state}
 
     def _normalised(self, names: Sequence[Hashable]) -> dict[str, Tensor]:
         """The pictures' pixels (I, 3, H, W), which are then forgotten; nothing where there are none."""

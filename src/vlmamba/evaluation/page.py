@@ -112,7 +112,9 @@ def _section(section: Section, name: str, other: str | None) -> str:
     r = section.result
     parts = [f'<h2 id="{r["task"]}">{escape(r["title"])}</h2>']
     score = "not scored" if r["headline"] is None else _number(r["headline"])
-    parts.append(f'<p><span class="big">{score}</span> <span class="soft">{escape(r["metric"])}</span></p>')
+    error = r.get("standard_error")
+    about = "" if error is None else f" ± {_number(error)} (standard error, pictures drawn at random)"
+    parts.append(f'<p><span class="big">{score}</span> <span class="soft">{escape(r["metric"] + about)}</span></p>')
     asked = f"task version {r['task_version']}"
     if r["run"].get("variant"):
         asked += f", prompt variant {r['run']['variant']}"
