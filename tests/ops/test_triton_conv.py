@@ -17,8 +17,9 @@ TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
-    """The interpreter is slow: short chunks bring every boundary within few steps."""
+    """The interpreter is slow: short chunks and tiles bring every boundary within few steps."""
     monkeypatch.setattr(conv, "CHUNK", 8)
+    monkeypatch.setattr(conv, "TILE", (4, 256))
 
 
 def inputs(B, L, D, W=4, dtype=torch.float32, K=None):

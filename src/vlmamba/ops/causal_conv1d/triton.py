@@ -1,5 +1,5 @@
-"""Causal depthwise convolution on the GPU, in Triton: a thread walks along its channels with the last W inputs in
-registers.
+"""Causal depthwise convolution on the GPU, in Triton: forward, a tile of steps and channels at once; backward, a thread
+walks along its channels with the last W inputs in registers.
 
 Serves the sequence (K = 1) and the grid of patches, where each of K orders walks the same patches by its own index.
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from vlmamba.ops.causal_conv1d.triton_kernels import backward_kernel, forward_kernel
 from vlmamba.ops.selective_scan.triton import check, row_major, valid_lengths
 
-CHUNK = 64  # steps that one program walks
+TILE = (16, 256)  # steps (at least W - 1) and channels of a program, forward
+CHUNK = 64  # steps that a program walks, backward
 
 
 def conv_rows(
@@ -26,15 +27,15 @@ def conv_rows(
     K, dim, W = weight.shape
     batch, length, _ = x.shape
     x = row_major(x)
-    y = (torch.empty if seq_idx is None else torch.zeros)((batch, K, length, dim), dtype=x.dtype, device=x.device)
+    y = torch.empty((batch, K, length, dim), dtype=x.dtype, device=x.device)
     final = torch.empty((batch, W - 1, dim) if return_final else (0,), dtype=x.dtype, device=x.device)
     if batch and dim:
-        BLOCK_D = min(512, max(32, triton.next_power_of_2(dim)))
-        forward_kernel[(triton.cdiv(dim, BLOCK_D), max(1, triton.cdiv(length, CHUNK)), batch * K)](
-            x, weight.contiguous(), bias, initial, seq_idx, valid_lengths(seq_idx), y, final,
-            length, dim, K, orders, *grid, x.stride(0), x.stride(1),
-            W=W, CHUNK=CHUNK, BLOCK_D=BLOCK_D, SILU=activation == "silu", GRID=grid != (0, 0), HAS_BIAS=bias is not
-            None, HAS_INITIAL=initial is not None, HAS_SEQ=seq_idx is not None, HAS_FINAL=return_final, num_warps=4,
+        BLOCK_D = min(TILE[1], max(32, triton.next_power_of_2(dim)))
+        forward_kernel[(triton.cdiv(dim, BLOCK_D), max(1, triton.cdiv(length, TILE[0])), batch * K)](
+            x, weight.contiguous(), bias, initial, seq_idx, y, final, length, dim, K, orders, *grid, x.stride(0),
+            x.stride(1), W=W, BLOCK_L=TILE[0], BLOCK_D=BLOCK_D, SILU=activation == "silu", GRID=grid != (0, 0),
+            HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None, HAS_SEQ=seq_idx is not None,
+            HAS_FINAL=return_final, num_warps=8,
         )  # fmt: skip
     return y, final
 

@@ -1,5 +1,6 @@
 """The Triton kernels of the causal convolution. `rows_k` is K, the orders in which each of B inputs is walked; `*_b`,
-`*_k`, `*_l` are strides of batch, order and step; a program walks CHUNK steps of BLOCK_D channels, W taps wide."""
+`*_k`, `*_l` are strides of batch, order and step. Forward, a program computes BLOCK_L steps of BLOCK_D channels side by
+side; backward, it walks CHUNK steps of them. W taps."""
 
 # mypy: ignore-errors
 # ruff: noqa: RUF005, SIM102
@@ -61,42 +62,59 @@ def _clear(window, reset, W: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    x, weight, bias, initial, seq_idx, lengths, y, final,
-    length, dim, rows_k, orders, height, width, x_b, x_l,
-    W: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, SILU: tl.constexpr, GRID: tl.constexpr,
+    x, weight, bias, initial, seq_idx, y, final, length, dim, rows_k, orders, height, width, x_b, x_l,
+    W: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, SILU: tl.constexpr, GRID: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_FINAL: tl.constexpr,
 ):  # fmt: skip
+    """BLOCK_L steps of BLOCK_D channels side by side: each input is loaded W times, but from memory once."""
     row = tl.program_id(2).to(tl.int64)
     b, k = row // rows_k, row % rows_k
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_d = d < dim
-    taps = _taps(weight + k * dim * W, d, in_d, W)
-    end = length
+    step = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
+    in_d, valid = d < dim, step < length
+    last = step == length - 1
     if HAS_SEQ:
-        end = tl.load(lengths + b)
-    first = tl.program_id(1) * CHUNK
-    window = _before(
-        x + b * x_b, initial, b * (W - 1), seq_idx, b * length, first, length, dim, orders, k, height, width, x_l,
-        d, in_d, W, GRID, HAS_INITIAL, HAS_SEQ,
-    )  # fmt: skip
-    for step in range(first, tl.minimum(first + CHUNK, end)):
-        p = position(step, length, orders, k, height, width, GRID)
+        seq = seq_idx + b * length
+        valid = tl.load(seq + step, mask=valid, other=-1) >= 0
+        last = valid & ((step == length - 1) | (tl.load(seq + step + 1, mask=step + 1 < length, other=-1) < 0))
+    v = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
+    if HAS_BIAS:
+        v += tl.load(bias + k * dim + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
+    for j in tl.static_range(W):  # the oldest input first
+        before = step - (W - 1 - j)
+        same = valid
         if HAS_SEQ:
-            window = _clear(window, is_reset(seq_idx, b * length, step), W - 1)
-        window = window + (tl.load(x + b * x_b + p * x_l + d, mask=in_d, other=0.0).to(tl.float32),)
-        v = tl.zeros([BLOCK_D], tl.float32)
-        if HAS_BIAS:
-            v += tl.load(bias + k * dim + d, mask=in_d, other=0.0).to(tl.float32)
-        for j in tl.static_range(W):
-            v += taps[j] * window[j]
-        if SILU:
-            v *= sigmoid(v)
-        tl.store(y + (row * length + p) * dim + d, v.to(y.dtype.element_ty), mask=in_d)
-        window = window[1:]
+            for i in tl.static_range(W - 1 - j):  # no new sequence between that input and this step
+                inside = valid & (step - i > 0)
+                newer = tl.load(seq + step - i, mask=inside, other=0)
+                same = same & (newer == tl.load(seq + step - i - 1, mask=inside, other=0))
+        p = position(tl.maximum(before, 0), length, orders, k, height, width, GRID)
+        at = x + b * x_b + p[:, None].to(tl.int64) * x_l + d[None, :]
+        value = tl.load(at, mask=(same & (before >= 0))[:, None] & in_d[None, :], other=0.0).to(tl.float32)
+        if HAS_INITIAL and j < W - 1:
+            if tl.program_id(1) == 0:
+                held = initial + (b * (W - 1) + tl.maximum(before + W - 1, 0))[:, None] * dim + d[None, :]
+                value += tl.load(held, mask=(same & (before < 0))[:, None] & in_d[None, :], other=0.0).to(tl.float32)
+        v += tl.load(weight + (k * dim + d) * W + j, mask=in_d, other=0.0).to(tl.float32)[None, :] * value
+        if HAS_FINAL and j > 0:
+            kept = final + (b * (W - 1) + j - 1) * dim + d[None, :] + step[:, None] * 0
+            tl.store(kept, value.to(final.dtype.element_ty), mask=last[:, None] & in_d[None, :])
+    if SILU:
+        v *= sigmoid(v)
+    v = tl.where(valid[:, None], v, 0.0)
+    p = position(tl.minimum(step, tl.maximum(length - 1, 0)), length, orders, k, height, width, GRID)
+    out = y + (row * length + p[:, None]) * dim + d[None, :]
+    tl.store(out, v.to(y.dtype.element_ty), mask=(step < length)[:, None] & in_d[None, :])
     if HAS_FINAL:
-        if (first + CHUNK >= end) & ((first < end) | (first == 0)):
+        nothing = (tl.program_id(1) == 0) & (length == 0)
+        if HAS_SEQ:
+            nothing = (tl.program_id(1) == 0) & (tl.load(seq, mask=length > 0, other=-1) < 0)
+        if nothing:  # nothing was read: the window is as it was
             for j in tl.static_range(W - 1):
-                tl.store(final + (b * (W - 1) + j) * dim + d, window[j].to(final.dtype.element_ty), mask=in_d)
+                old = tl.zeros([BLOCK_D], tl.float32)
+                if HAS_INITIAL:
+                    old += tl.load(initial + (b * (W - 1) + j) * dim + d, mask=in_d, other=0.0).to(tl.float32)
+                tl.store(final + (b * (W - 1) + j) * dim + d, old.to(final.dtype.element_ty), mask=in_d)
 
 
 @triton.jit
