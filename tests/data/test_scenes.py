@@ -112,6 +112,13 @@ def test_samples_do_not_depend_on_process_or_order() -> None:
     assert mine == other
 
 
+def test_parts_of_a_sample_do_not_depend_on_each_other() -> None:
+    parts = ("image", "caption", "description", "questions")
+    one, other = World(3).sample(5), World(3).sample(5)
+    forwards = {part: getattr(one, part) for part in parts}
+    assert forwards == {part: getattr(other, part) for part in reversed(parts)}
+
+
 def test_seeds_and_splits_differ() -> None:
     pictures = [World(seed, split).sample(0).image.tobytes() for seed in (0, 1) for split in SPLITS]
     assert len(set(pictures)) == len(pictures)

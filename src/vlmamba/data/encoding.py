@@ -12,6 +12,7 @@ from PIL import Image
 
 from vlmamba.data.collate import NO_LABEL, Example, truncate
 from vlmamba.data.records import BadSampleError, Record, locate
+from vlmamba.data.remembering import Remembering
 from vlmamba.data.scenes.marks import patch_classes
 from vlmamba.models.processor import VLMambaProcessor
 
@@ -42,6 +43,9 @@ class Encoder:
     template: str
     image_mode: str
     max_length: int
+
+    def __post_init__(self) -> None:
+        self._tokenise = Remembering(self.processor.tokenizer)
 
     def __call__(self, record: Record) -> Example:
         """Raises `BadSampleError` where a picture cannot be read or nothing is left to learn."""
@@ -81,10 +85,10 @@ class Encoder:
             return self._patches(record)
         try:
             if record.text is not None:
-                encoded = self.processor.encode_text(record.text)
+                encoded = self.processor.encode_text(record.text, self._tokenise)
             else:
                 count = len(record.images) if images is None else images
-                encoded = self.processor.encode_turns(record.turns, count, self.template)
+                encoded = self.processor.encode_turns(record.turns, count, self.template, self._tokenise)
         except ValueError as problem:
             raise BadSampleError(f"{record.id}: {problem}") from problem
         return np.asarray(encoded["input_ids"]), np.asarray(encoded["labels"])

@@ -8,8 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,11 @@ from transformers.processing_utils import ProcessorMixin
 
 from vlmamba.models.images import ImageSource, crop_strip, pad_to_square, read_image
 from vlmamba.models.loading import check_sizes
+from vlmamba.models.preparation import image_processor_class, load_image_processor, load_tokenizer
 from vlmamba.models.template import PLACEHOLDER, Piece, message_pieces, pair_turns, turn_pieces
 
 IMAGE_MODES = ("crop", "pad")
 NO_LABEL = -100
-# The tokenizer of state-spaces/mamba-*, whose repositories hold none.
-GPT_NEOX = "EleutherAI/gpt-neox-20b"
 
 
 class VLMambaProcessor(ProcessorMixin):
@@ -94,7 +92,7 @@ class VLMambaProcessor(ProcessorMixin):
                 f"{path} holds no processor_config.json with an image_processor: no VL-Mamba is saved there"
             )
         return [
-            _image_processor_class(str(settings.get("image_processor_type")))(**settings),
+            image_processor_class(str(settings.get("image_processor_type")))(**settings),
             PreTrainedTokenizerFast.from_pretrained(path, **kwargs),
         ]
 
@@ -117,11 +115,15 @@ class VLMambaProcessor(ProcessorMixin):
 
     def image_pixels(self, source: ImageSource, mode: str | None = None) -> np.ndarray:
         """One picture as uint8 (3, H, W), resized but not yet normalised: what a training batch carries."""
-        image = self._framed(source, mode)
+        image = source if isinstance(source, Image.Image) and self._is_framed(source) else self._framed(source, mode)
         if image.size == self.image_size[::-1] == self._resized_size:  # nothing is left to do to it
             return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
         pixels = self.image_processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
         return np.ascontiguousarray(pixels, dtype=np.uint8)
+
+    def _is_framed(self, image: Image.Image) -> bool:
+        """Of a picture drawn in memory: whether it is a square of the right size already."""
+        return (image.mode, image.info) == ("RGB", {}) and image.size == self._resized_size == image.size[::-1]
 
     def normalise(self, pixels_IHW: Tensor) -> Tensor:
         """uint8 pixels (I, 3, H, W) to what the vision tower expects, float32, on their device."""
@@ -324,18 +326,25 @@ class VLMambaProcessor(ProcessorMixin):
         return self.encode_turns(pair_turns(turns, count), count, template)
 
     def encode_turns(
-        self, pairs: Sequence[tuple[str, str]], num_images: int = 0, template: str = "v1"
+        self,
+        pairs: Sequence[tuple[str, str]],
+        num_images: int = 0,
+        template: str = "v1",
+        tokenise: Callable[[str], list[int]] | None = None,
     ) -> dict[str, list[int]]:
-        """(question, answer) pairs as input_ids and labels; the images stand before the first question."""
-        ids, labels = self._encode(turn_pieces(pairs, num_images, template))
+        """(question, answer) pairs as input_ids and labels; the images stand before the first question. `tokenise`
+        stands in for the tokenizer and gives what it would: one that remembers words, for many texts."""
+        ids, labels = self._encode(turn_pieces(pairs, num_images, template), tokenise)
         return {"input_ids": ids, "labels": labels}
 
-    def encode_text(self, text: str) -> dict[str, list[int]]:
+    def encode_text(self, text: str, tokenise: Callable[[str], list[int]] | None = None) -> dict[str, list[int]]:
         """A document for the language model alone, its end included, every token a label."""
-        ids, labels = self._encode([Piece("text", text, learn=True), Piece("end", learn=True)])
+        ids, labels = self._encode([Piece("text", text, learn=True), Piece("end", learn=True)], tokenise)
         return {"input_ids": ids, "labels": labels}
 
-    def _encode(self, pieces: list[Piece]) -> tuple[list[int], list[int]]:
+    def _encode(
+        self, pieces: list[Piece], tokenise: Callable[[str], list[int]] | None = None
+    ) -> tuple[list[int], list[int]]:
         """Token ids and labels. Neighbouring texts are tokenised as one, with special tokens off."""
         runs: list[Piece] = []
         for piece in pieces:
@@ -344,9 +353,11 @@ class VLMambaProcessor(ProcessorMixin):
             else:
                 runs.append(piece)
         texts = [_well_formed(run.text) for run in runs if run.kind == "text"]
-        encoded = iter(
-            self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
-        )
+        known: Iterable[list[int]] = [] if tokenise is None else map(tokenise, texts)
+        if tokenise is None and texts:
+            known = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        encoded = iter(known)
+        end = [self.tokenizer.eos_token_id]
         ids: list[int] = []
         labels: list[int] = []
         for run in runs:
@@ -355,66 +366,10 @@ class VLMambaProcessor(ProcessorMixin):
             elif run.kind == "image":
                 new = [self.image_token_id] * self.num_image_tokens
             else:
-                new = [self.tokenizer.eos_token_id]
+                new = end
             ids += new
             labels += new if run.learn else [NO_LABEL] * len(new)
         return ids, labels
-
-
-def load_tokenizer(language: str | Path) -> Any:
-    """The tokenizer in the folder or Hub repository of a language model; GPT-NeoX's where there is none."""
-    from transformers import PreTrainedTokenizerFast
-
-    from vlmamba.models.weights import fetch, language_config, read_config
-
-    folder = fetch(language)
-    own = (folder / "tokenizer.json").is_file()
-    if not own:
-        warnings.warn(f"{language} holds no tokenizer.json; the tokenizer of {GPT_NEOX} is taken", stacklevel=2)
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder if own else GPT_NEOX)
-    except OSError as error:
-        raise ValueError(
-            f"{language} holds no tokenizer.json and that of {GPT_NEOX} could not be downloaded; "
-            f"put a tokenizer.json into {folder}"
-        ) from error
-    except Exception as error:  # of damaged files the tokenizers library and its readers raise nearly anything
-        raise ValueError(f"{folder / 'tokenizer.json'} is no tokenizer that can be read: {error!r}") from error
-    rows = language_config(read_config(folder), str(language))[0].vocab_size
-    if len(tokenizer) > rows:
-        raise ValueError(f"the tokenizer for {language} has {len(tokenizer)} entries, its embedding {rows} rows")
-    return tokenizer
-
-
-def build_image_processor(vision_config: Any) -> Any:
-    """The image processor for a vision config: its kind's own mean, deviation and resampling, at its image size."""
-    size = vision_config.image_size
-    square = {"height": size, "width": size}
-    if vision_config.model_type == "clip_vision_model":
-        return _image_processor_class("CLIP")(size={"shortest_edge": size}, crop_size=square)
-    return _image_processor_class("Siglip")(size=square)
-
-
-def load_image_processor(path: str | Path, vision_config: Any) -> Any:
-    """The image processor saved beside a vision encoder; where there is none, one for its config."""
-    kind = "CLIP" if vision_config.model_type == "clip_vision_model" else "Siglip"
-    try:
-        return _image_processor_class(kind).from_pretrained(path)
-    except OSError:
-        return build_image_processor(vision_config)
-
-
-def _image_processor_class(name: str) -> Any:
-    # The Pil classes: those without the suffix want torchvision.
-    if name.startswith("CLIP"):
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-        return CLIPImageProcessorPil
-    if name.startswith("Siglip"):
-        from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-
-        return SiglipImageProcessorPil
-    raise ValueError(f"image_processor_type {name!r}: expected a CLIP or Siglip image processor")
 
 
 def _prepare(tokenizer: Any, image_token: str) -> None:

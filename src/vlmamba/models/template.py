@@ -11,8 +11,7 @@ is never parsed. The processor turns pieces into token ids.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -22,8 +21,7 @@ TEMPLATES = ("plain", "v1")
 PLACEHOLDER = "<image>"
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A stretch of a prompt. `learn`: the model is trained to say it."""
 
     kind: Literal["text", "image", "end"]

@@ -6,7 +6,6 @@ Letters: B pictures, F fields, P patches, C classes of all fields together, D wi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +54,7 @@ class PatchReader(nn.Module):
         pixel_values: Tensor,
         labels: Tensor,
         input_ids: Tensor | None = None,
-        num_items_in_batch: float | None = None,
+        num_items_in_batch: Tensor | float | None = None,
         use_cache: bool = False,
     ) -> PatchOutput:
         """Summed cross-entropy over fields and patches, divided by `num_items_in_batch` (by default all labels)."""
@@ -71,7 +70,7 @@ class PatchReader(nn.Module):
             counts.append(_count(logits.detach(), wanted))
         if self.training:
             self.right_of.mul_(_MEMORY).add_(torch.stack(counts))
-        items = num_items_in_batch or int((labels != NO_LABEL).sum())
+        items = (labels != NO_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
         return PatchOutput(loss / items, logits_BPC)
 
     def notes(self) -> str:
@@ -80,9 +79,6 @@ class PatchReader(nn.Module):
         found = ((of[1, 0] / of[1, 1].clamp(min=1)).item() for of in self.right_of)
         fields = ", ".join(f"{field} {share:.1%}" for field, share in zip(FIELDS, found, strict=True))
         return f"right where something is: {fields}; where nothing is: {right / max(total, 1):.2%}"
-
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
-        self.vision_tower.model.gradient_checkpointing_enable(**options)
 
 
 def _count(logits_BPC: Tensor, wanted_BP: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Letters: F fields, P patches (rows x columns, row-major).
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -53,15 +54,15 @@ class Mark:
     centred: bool = True
 
     @property
-    def classes(self) -> tuple[int, ...]:
-        """(F,) with `next` and `centre` left at nothing."""
+    def classes(self) -> np.ndarray:
+        """(F,) int64 with `next` and `centre` left at nothing; not to be written to."""
         return _classes(self.what, self.colour, self.fill, self.size)
 
 
 @cache
-def _classes(what: str, colour: str, fill: str, size: str) -> tuple[int, ...]:
+def _classes(what: str, colour: str, fill: str, size: str) -> np.ndarray:
     said = {"what": what, "colour": colour, "fill": fill, "size": size}
-    return tuple(numbers[said.get(field, NOTHING)] for field, numbers in _NUMBERS.items())
+    return np.array([numbers[said.get(field, NOTHING)] for field, numbers in _NUMBERS.items()])
 
 
 def patch_classes(marks: Iterable[Mark], side: int, rows: int, columns: int) -> np.ndarray:
@@ -71,17 +72,16 @@ def patch_classes(marks: Iterable[Mark], side: int, rows: int, columns: int) -> 
     """
     marks = list(marks)
     found = np.zeros((len(FIELDS), rows, columns), np.int64)
-    ys = ((np.arange(rows) + 0.5) * side / rows).astype(np.int64)
-    xs = ((np.arange(columns) + 0.5) * side / columns).astype(np.int64)
+    ys, xs = ([int((i + 0.5) * side / count) for i in range(count)] for count in (rows, columns))
     for mark in marks:
         if mark.cover is None:
             continue
         left, top = int(mark.box[0]), int(mark.box[1])
         height, width = mark.cover.shape
-        r0, r1 = np.searchsorted(ys, (top, top + height))
-        c0, c1 = np.searchsorted(xs, (left, left + width))
-        covered = mark.cover[ys[r0:r1, None] - top, xs[c0:c1] - left]
-        found[:, r0:r1, c0:c1][:, covered] = np.array(mark.classes)[:, None]
+        r0, r1 = bisect_left(ys, top), bisect_left(ys, top + height)
+        c0, c1 = bisect_left(xs, left), bisect_left(xs, left + width)
+        covered = mark.cover[[y - top for y in ys[r0:r1]]][:, [x - left for x in xs[c0:c1]]]
+        found[:, r0:r1, c0:c1][:, covered] = mark.classes[:, None]
     for mark in marks:
         if mark.centred:
             x, y = (mark.box[0] + mark.box[2]) / 2, (mark.box[1] + mark.box[3]) / 2

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from random import Random
 
 from PIL import Image
@@ -133,14 +135,32 @@ def _sameness(question: Question) -> str:
     return question.answer if question.kind == "short" and question.choices is None else question.text
 
 
-@dataclass(frozen=True, slots=True)
 class SceneSample:
-    """A picture (RGB, size x size), a caption of one sentence, a dense description, and questions with answers."""
+    """A picture (RGB, size x size), a caption of one sentence, a dense description, and questions with answers; each
+    is made when it is first asked for, the same whatever was asked for before."""
 
-    image: Image.Image
-    caption: str
-    description: str
-    questions: list[Question]
+    def __init__(self, world: World, index: int) -> None:
+        self._world, self._index = world, index
+        self._rng, self._scene = world._scene(index)
+
+    @cached_property
+    def image(self) -> Image.Image:
+        return render(self._scene, self._world.size)
+
+    @cached_property
+    def questions(self) -> list[Question]:
+        return self._world._ask(self._scene, self._rng)
+
+    @cached_property
+    def caption(self) -> str:
+        return caption(self._scene, self._wording("caption"))
+
+    @cached_property
+    def description(self) -> str:
+        return description(self._scene, self._wording("description"))
+
+    def _wording(self, of: str) -> Random:
+        return Random(f"{self._world.seed}/{self._world.split}/{self._index}/{of}")
 
 
 class World:
@@ -176,10 +196,7 @@ class World:
 
     def sample(self, index: int) -> SceneSample:
         """Sample number `index`, any integer."""
-        rng, scene = self._scene(index)
-        questions = self._ask(scene, rng)
-        said, told = caption(scene, rng), description(scene, rng)
-        return SceneSample(render(scene, self.size), said, told, questions)
+        return SceneSample(self, index)
 
     def marked(self, index: int) -> tuple[Image.Image, list[Mark]]:
         """The picture of sample `index` and what is drawn where, in the order of drawing; no words are made."""
@@ -214,6 +231,7 @@ class World:
             deck.things += scene.chart.labels
         asker = Asker(scene, deck, rng)
         forms, weights = map(list, zip(*_FORMS[scene.kind]))
+        bounds = list(accumulate(weights))
         asked: dict[tuple[str, str], Question] = {}
         # Equal groups leave fewer other questions: drawn among them, this one would come more often where it is true.
         if scene.kind == "crowd" and rng.random() < 0.5:
@@ -223,10 +241,11 @@ class World:
         for _ in range(4 * self.questions):
             if len(asked) == self.questions or not forms:
                 break
-            place = rng.choices(range(len(forms)), weights)[0]
+            place = bisect(bounds, rng.random() * bounds[-1], 0, len(forms) - 1)
             question = forms[place](asker)
             if question is None:
                 del forms[place], weights[place]
+                bounds = list(accumulate(weights))
             elif question.held_out or not scene.held_out:
                 asked.setdefault((question.form, _sameness(question)), question)
         return list(asked.values())
