@@ -261,6 +261,8 @@ def _check_encoder(config: RunConfig, require: Callable[[bool, str], None]) -> N
     require(not model.vision_cls, "model.vision_cls: an encoder trained alone is asked for patches only")
     require(not config.optim.pack, "optim.pack: pictures without text are not packed")
     require(config.lora is None, "lora: an encoder trained alone is trained whole")
+    again = config.optim.checkpoint_activations
+    require(not again, "optim.checkpoint_activations: is of a language model's blocks, and there is none")
 
 
 def _check_lora(config: RunConfig, require: Callable[[bool, str], None]) -> None:
