@@ -30,7 +30,8 @@ from benchmarks.timing import Timing
 from vlmamba.commands.answerer import ModelAnswerer
 from vlmamba.evaluation import OwnData, evaluate
 from vlmamba.evaluation.task import SHORT_ANSWER
-from vlmamba.models.processor import VLMambaProcessor, build_image_processor
+from vlmamba.models.preparation import build_image_processor
+from vlmamba.models.processor import VLMambaProcessor
 from vlmamba.models.template import SYSTEM
 
 NEW = 4

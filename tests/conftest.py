@@ -49,7 +49,8 @@ def tiny_model(tokenizer_json, tmp_path_factory):
     from transformers import MambaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 
     from vlmamba.models.config import VLMambaConfig
-    from vlmamba.models.processor import VLMambaProcessor, build_image_processor
+    from vlmamba.models.preparation import build_image_processor
+    from vlmamba.models.processor import VLMambaProcessor
     from vlmamba.models.vlm import VLMambaForConditionalGeneration
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -9,7 +9,8 @@ import pytest
 from transformers import SiglipVisionConfig
 
 from vlmamba.data.encoding import Encoder
-from vlmamba.models.processor import VLMambaProcessor, build_image_processor
+from vlmamba.models.preparation import build_image_processor
+from vlmamba.models.processor import VLMambaProcessor
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from transformers import SiglipVisionConfig
 from transformers.models.clip.configuration_clip import CLIPVisionConfig
 
 from vlmamba.models.images import pad_to_square
-from vlmamba.models.processor import NO_LABEL, VLMambaProcessor, build_image_processor
+from vlmamba.models.preparation import build_image_processor
+from vlmamba.models.processor import NO_LABEL, VLMambaProcessor
 from vlmamba.models.template import SYSTEM
 
 PATCHES = 9  # 24 / 8 = 3 x 3
@@ -285,7 +286,7 @@ def test_malformed_options_are_named(processor):
 
 
 def test_address_that_does_not_answer_is_named(processor):
-    with pytest.raises(ValueError, match="http://localhost:1/x.png cannot be fetched"):
+    with pytest.raises(ValueError, match=r"localhost:1/x\.png cannot be fetched"):
         processor.apply_chat_template(
             [user({"type": "image", "url": "http://localhost:1/x.png"})], tokenize=True, return_dict=True
         )
@@ -425,7 +426,7 @@ def test_tokenizer_that_does_not_fit_or_is_not_there(parts, monkeypatch):
     with pytest.raises(ValueError, match="its embedding 104 rows"):
         VLMambaProcessor.from_parts(vision, language)
     (language / "tokenizer.json").unlink()
-    monkeypatch.setattr("vlmamba.models.processor.GPT_NEOX", str(language / "nowhere"))
+    monkeypatch.setattr("vlmamba.models.preparation.GPT_NEOX", str(language / "nowhere"))
     with (
         pytest.warns(UserWarning, match=r"holds no tokenizer\.json"),
         pytest.raises(ValueError, match=r"put a tokenizer\.json into"),

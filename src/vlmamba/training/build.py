@@ -15,7 +15,8 @@ from transformers.utils import logging as transformers_logging
 import vlmamba
 from vlmamba.models.config import VLMambaConfig
 from vlmamba.models.mamba import VLMambaForCausalLM
-from vlmamba.models.processor import GPT_NEOX, VLMambaProcessor, build_image_processor, load_image_processor
+from vlmamba.models.preparation import GPT_NEOX, build_image_processor, load_image_processor
+from vlmamba.models.processor import VLMambaProcessor
 from vlmamba.models.vision import VisionTower, build_vision_tower
 from vlmamba.models.vlm import VLMambaForConditionalGeneration
 from vlmamba.models.weights import load_language, load_vision
