@@ -14,11 +14,7 @@ def load_tokenizer(language: str | Path) -> Any:
     """The tokenizer in the folder or Hub repository of a language model; GPT-NeoX's where there is none."""
     from transformers import PreTrainedTokenizerFast
 
-    from vlmamba.models.weights import (
-        fetch,
-        language_config,
-        read_config,
-    )  # the model's modules, late: readers need none
+    from vlmamba.models.weights import fetch, language_config, read_config  # late: others here need no model
 
     folder = fetch(language)
     own = (folder / "tokenizer.json").is_file()
