@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,7 @@ def language_config(raw: Mapping[str, Any], where: str) -> tuple[MambaConfig, in
     return config, tokens
 
 
-def fetch(source: str | Path, *, files: Iterable[str] = ()) -> Path:
+def fetch(source: str | Path) -> Path:
     """The local folder of a checkpoint: `source` itself, or a download of the Hub repository of that name."""
     folder = Path(source)
     if folder.is_dir():
@@ -97,7 +97,7 @@ def fetch(source: str | Path, *, files: Iterable[str] = ()) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = [*files, "*.json", "*.txt", "*.safetensors", "pytorch_model*.bin"]
+    patterns = ["*.json", "*.jinja", "*.txt", "*.safetensors", "pytorch_model*.bin"]
     try:
         return Path(snapshot_download(text, allow_patterns=patterns))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
