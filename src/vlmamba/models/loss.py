@@ -31,10 +31,11 @@ def next_token_loss(
         num_items: divides the sum instead of the number of labels here, so that accumulated or distributed batches
             weigh every token alike.
         num_tokens: rows of the head that stand for a token; padded rows above take no probability.
-        num_labels: the supervised positions, where their number is known: a GPU need then not be asked, and waited for.
+        num_labels: at least the number of supervised positions, where it is known: a GPU need then not be asked, and
+            waited for. What is more than there are has no loss and no gradient.
 
     Raises:
-        ValueError: `num_labels` is another number than that of the labels (seen on the CPU alone).
+        ValueError: `num_labels` is less than the number of labels (seen on the CPU alone).
     """
     targets = F.pad(labels_BL[:, 1:], (0, 1), value=-100)
     if seq_idx_BL is not None:
@@ -45,8 +46,10 @@ def next_token_loss(
         places_T = chosen.nonzero()[:, 0]
     else:
         _check_count(chosen, num_labels)
-        places_T = chosen.nonzero_static(size=num_labels)[:, 0]
-    hidden_Td, targets_T = hidden_BLd.flatten(0, 1).index_select(0, places_T), targets.flatten()[places_T]
+        places_T = chosen.nonzero_static(size=num_labels, fill_value=-1)[:, 0]
+    nothing, places_T = places_T < 0, places_T.clamp(min=0)
+    hidden_Td = hidden_BLd.flatten(0, 1).index_select(0, places_T)
+    targets_T = targets.flatten()[places_T].masked_fill(nothing, -100)
 
     def chunk_loss(hidden: Tensor, target: Tensor) -> Tensor:
         logits = lm_head(hidden)
@@ -58,10 +61,11 @@ def next_token_loss(
     else:
         total = hidden_BLd.new_zeros((), dtype=torch.promote_types(hidden_BLd.dtype, torch.float32))
         for hidden, target in zip(hidden_Td.split(_CHUNK), targets_T.split(_CHUNK), strict=True):
-            total = total + checkpoint(chunk_loss, hidden, target, use_reentrant=False)
-    return total / (num_items if num_items is not None else max(len(targets_T), 1))
+            # Nothing is drawn here; and a CUDA graph that is being captured cannot be asked for its generator's state.
+            total = total + checkpoint(chunk_loss, hidden, target, use_reentrant=False, preserve_rng_state=False)
+    return total / (num_items if num_items is not None else chosen.sum().clamp(min=1))
 
 
 def _check_count(chosen: Tensor, num_labels: int) -> None:
-    if type(chosen) is Tensor and chosen.device.type == "cpu" and int(chosen.sum()) != num_labels:
+    if type(chosen) is Tensor and chosen.device.type == "cpu" and int(chosen.sum()) > num_labels:
         raise ValueError(f"num_labels is {num_labels}, but {int(chosen.sum())} positions have a label to predict")

@@ -112,11 +112,13 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         check = None if seen else Check(is_image.sum(), features.shape[:2]).unless_made(can_wait(input_ids))
         tokens = features.to(embeds.dtype).flatten(0, 1)
-        if torch.is_grad_enabled() or not len(tokens):
-            return embeds.masked_scatter(is_image[..., None], tokens), check
-        # The same, safe whatever the numbers.
-        place = is_image.flatten().cumsum(0).sub_(1).clamp_(0, len(tokens) - 1)
-        return torch.where(is_image[..., None], tokens[place.view(input_ids.shape)], embeds), check
+        # Not masked_scatter: the shape of its gradient is asked of the device. This is safe whatever the numbers.
+        place = is_image.flatten().cumsum(0).sub_(1).clamp_(0, max(len(tokens) - 1, 0))
+        if not torch.is_grad_enabled() and len(tokens):
+            return torch.where(is_image[..., None], tokens[place.view(input_ids.shape)], embeds), check
+        words = torch.arange(place.numel(), device=place.device)
+        source = torch.where(is_image.flatten(), place + place.numel(), words)
+        return torch.cat([embeds.flatten(0, 1), tokens]).index_select(0, source).view_as(embeds), check
 
     def _is_one_more_word(self, input_ids: Tensor) -> bool:
         """Whether each row (B, L) is one token of text. On a GPU a placeholder goes unnoticed: looking would wait."""

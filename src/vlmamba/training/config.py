@@ -112,6 +112,9 @@ class OptimConfig:
     """A loss so many times the median of the 50 steps before stops the run; 0 never does."""
     compile: bool = False
     """torch.compile of every block."""
+    capture: bool = False
+    """Replay whole steps as CUDA graphs. Small models gain: launching their kernels takes longer than the kernels do.
+    Batches are padded to a few sizes. One process, one micro-batch to a step; ignored on a CPU."""
     checkpoint_activations: bool | float = False
     """The language model's blocks of which only the input is kept, the rest being computed again in the backward pass:
     all of them (true), or a share, spread evenly: no more of them than memory asks for."""
@@ -217,6 +220,7 @@ def _check_run(config: RunConfig) -> None:
         0 <= optim.checkpoint_activations <= 1,
         f"optim.checkpoint_activations: is {optim.checkpoint_activations}; it is true, false or a share of the blocks",
     )
+    _check_capture(optim, require)
     steps = optim.max_steps
     require(steps is None or steps > 0, f"optim.max_steps: is {steps}; it must be positive")
     require(optim.epochs > 0, f"optim.epochs: is {optim.epochs}; it must be positive")
@@ -239,6 +243,22 @@ def _check_run(config: RunConfig) -> None:
     require(
         any(getattr(config.stage, part).lr > 0 for part in PARTS),
         "stage: nothing is trained; give vision, connector or language a learning rate (lr)",
+    )
+
+
+def _check_capture(optim: OptimConfig, require: Callable[[bool, str], None]) -> None:
+    """A graph is one whole step, of kernels that are the same each time."""
+    if not optim.capture:
+        return
+    require(
+        optim.micro_batch == optim.global_batch,
+        f"optim.capture: takes a step as one micro-batch; optim.micro_batch is {optim.micro_batch}, global_batch "
+        f"{optim.global_batch}",
+    )
+    require(not optim.compile, "optim.capture: does not go with optim.compile; choose one")
+    require(
+        not optim.checkpoint_activations,
+        "optim.capture: is for models small enough to do without optim.checkpoint_activations; choose one",
     )
 
 

@@ -94,6 +94,8 @@ def make_step(
     model: build.Model, processor: VLMambaProcessor, config: RunConfig, device: torch.device, world: World | None = None
 ) -> Step:
     """What a step of this run is: the model frozen, prepared and put on its device or cut over several."""
+    if config.optim.capture and world is not None and world.size > 1:
+        raise ConfigError(f"optim.capture: is for one process, not for {world.size} of {config.parallel}; leave it out")
     if config.lora is not None:
         add_adapters(model, config.lora)
     freeze(model, config.stage, config.lora.parts if config.lora is not None else ())
@@ -102,7 +104,8 @@ def make_step(
     parallel = Parallel(model, world or World(), device, config.parallel, bf16)
     # After cutting: the optimiser holds the shards.
     optimizer = make_optimizer(parameter_groups(model, config.stage), config.optim, device)
-    return Step(model, optimizer, device, processor.normalise, config.optim.grad_clip, bf16, parallel)
+    capture = config.optim.capture and device.type == "cuda"
+    return Step(model, optimizer, device, processor.normalise, config.optim.grad_clip, bf16, parallel, capture)
 
 
 def pick_device(name: str, world: World | None = None) -> torch.device:
@@ -173,6 +176,8 @@ def summary(model: nn.Module, config: RunConfig, trainer: Trainer, device: torch
             of = "" if trained[part] == size else f" for {trained[part] / 1e6:.2f}M of them"
             yield f"{part}: {size / 1e6:.2f}M parameters, {rate + of if trained[part] else 'frozen'}"
     yield trainer.feed.describe()
+    if config.optim.capture and trainer.step.captured is None:
+        yield f"optim.capture: graphs are for CUDA, and this is the {device.type}: ignored"
     optim = config.optim
     budget = "" if optim.time_budget is None else f" or {optim.time_budget:g} minutes"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -122,12 +122,12 @@ class Parallel:
                 **{"forward_sync_buffers" if newer else "broadcast_buffers": False},
             )
 
-    def loss(self, inputs: dict[str, Any], labels: int, blank: Tensor | None) -> Tensor:
+    def loss(self, inputs: dict[str, Any], labels: int | Tensor, blank: Tensor | None) -> Tensor:
         """This micro-batch's share of the global mean, times the number of processes: gradients are averaged.
 
         Args:
             inputs: the model's.
-            labels: of the global batch, over all processes.
+            labels: their number in the global batch, over all processes.
             blank: an image (1, 3, H, W) where the inputs hold none; None for a language model alone.
         """
         return self._loss(blank, **inputs, num_items_in_batch=labels / self.world.size, use_cache=False)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmamba.data.collate import NO_LABEL, Batch
+from vlmamba.models.prefill import Capture
+from vlmamba.training.captured import CapturedStep
 from vlmamba.training.parallel import Parallel, World, full
 
 
@@ -87,6 +89,8 @@ class Step:
         normalise: uint8 pixels (I, 3, H, W) on the device to what the vision tower expects.
         bf16: autocast on CUDA; the CPU computes in float32.
         parallel: the model as this process of several holds it; None: there is one.
+        capture: replay CUDA graphs of whole steps; global batches are then one micro-batch, and there is one process.
+            A function that stands for `models.prefill.as_graph` serves too, on any device.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class Step:
         grad_clip: float,
         bf16: bool,
         parallel: Parallel | None = None,
+        capture: bool | Capture = False,
     ):
         self.model, self.optimizer, self.device = model, optimizer, device
         self.normalise, self.grad_clip = normalise, grad_clip
@@ -107,6 +112,9 @@ class Step:
         tower = getattr(model, "vision_tower", None)
         self.image_size: int | None = None if tower is None else tower.image_size
         self.counts_labels = "num_labels" in signature(model.forward).parameters
+        self.captured: CapturedStep | None = None
+        if capture:
+            self.captured = CapturedStep(self._learn, optimizer, device, None if capture is True else capture)
 
     def count(self, micro_batches: list[Batch]) -> Tally:
         """What all processes hold of a global batch."""
@@ -119,22 +127,37 @@ class Step:
             raise ValueError("no sample of this batch has anything to learn from; see skipped.jsonl in the run folder")
         if self.parallel.world.size == 1:
             micro_batches = [batch for batch in micro_batches if batch.num_labels]
+        if self.captured is not None and len(micro_batches) == 1:
+            self._check_images(micro_batches[0])
+            computed = self.captured(micro_batches[0], tally.labels)
+        else:
+            computed = self._cut(micro_batches, tally.labels)
+        numbers, ready = self._send(computed)
+        return StepResult(numbers=numbers, ready=ready, tally=tally)
+
+    def _cut(self, micro_batches: list[Batch], labels: int) -> Tensor:
+        """A step over micro-batches: loss and gradient norm (2,)."""
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(micro_batches, 1):
             with self.parallel.accumulating(last=number == len(micro_batches)):
-                loss += self._accumulate(batch, tally.labels)
-        loss = self.parallel.mean(loss)
+                loss += self._accumulate(self.inputs(batch), labels, self._blank(batch))
+        return self._update(self.parallel.mean(loss))
+
+    def _learn(self, batch: Batch, labels: Tensor) -> Tensor:
+        """The same over one batch, checked and on the device, without a look at what it holds."""
+        return self._update(self._accumulate(self._keywords(batch), labels, self._blank(batch)))
+
+    def _accumulate(self, inputs: dict[str, Any], labels: int | Tensor, blank: Tensor | None) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16) if self.autocast else nullcontext():
+            loss = self.parallel.loss(inputs, labels, blank)
+        loss.backward()
+        return loss.detach()
+
+    def _update(self, loss: Tensor) -> Tensor:
         grad_norm = full(torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip or torch.inf))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        numbers, ready = self._send(torch.stack([loss, grad_norm.detach()]))
-        return StepResult(numbers=numbers, ready=ready, tally=tally)
-
-    def _accumulate(self, batch: Batch, labels: int) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16) if self.autocast else nullcontext():
-            loss = self.parallel.loss(self.inputs(batch), labels, self._blank(batch))
-        loss.backward()
-        return loss.detach()
+        return torch.stack([loss, grad_norm.detach()])
 
     def _blank(self, batch: Batch) -> Tensor | None:
         """Encoder and connector take part in every micro-batch: other processes wait for them, and a stage that trains
@@ -158,9 +181,10 @@ class Step:
         for this one) is two tokens without a label."""
         if not batch.input_ids.numel():
             batch = replace(batch, input_ids=_STAND_IN, labels=torch.full_like(_STAND_IN, NO_LABEL), seq_idx=None)
-        if self.counts_labels and self.image_size is not None:
-            self._check_images(batch)
-        batch = batch.to(self.device)
+        self._check_images(batch)
+        return self._keywords(batch.to(self.device))
+
+    def _keywords(self, batch: Batch) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "labels": batch.labels}
         if self.counts_labels:
             inputs["num_labels"] = batch.num_labels
@@ -172,6 +196,8 @@ class Step:
 
     def _check_images(self, batch: Batch) -> None:
         """Here, on the CPU, for the model does not look: ValueError if placeholders and images do not fit."""
+        if not self.counts_labels or self.image_size is None:
+            return
         images = 0 if batch.pixels is None else len(batch.pixels)
         expected = images * self.model.vision_tower.num_tokens
         placeholders = int((batch.input_ids == self.model.config.image_token_id).sum())

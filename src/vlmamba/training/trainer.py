@@ -75,6 +75,7 @@ class Trainer:
         )
         self.total_steps = config.optim.max_steps or feed.order.steps(config.optim.epochs)
         self._stop = threading.Event()
+        self._rate = 0.0  # factor on the peak rates of the last step
         self._losses: deque[float] = deque(maxlen=_USUAL)
         self._unchecked: tuple[int, StepResult, list[Batch]] | None = None
 
@@ -150,7 +151,8 @@ class Trainer:
             return  # every sample of it was bad; were there more such batches, the run would have been stopped
         # The rate is that of the step about to be made, so that the first and the last one move something.
         ahead = max(share, self.progress.step / (self.total_steps + 1))
-        set_rates(self.step.optimizer, rate_at(ahead, self.config.optim))
+        self._rate = rate_at(ahead, self.config.optim)
+        set_rates(self.step.optimizer, self._rate)
         result = self.step(micro_batches, tally)
         interval.add(result, waited)
         self._check()
@@ -198,13 +200,12 @@ class Trainer:
         eta = (self.total_steps - self.progress.step) * elapsed / len(interval.results)
         if self.config.optim.time_budget:
             eta = min(eta, 60 * self.config.optim.time_budget - self.progress.seconds)
-        lr = self.step.optimizer.param_groups[0]
         notes = getattr(self.step.model, "notes", None)
         self.logger.log(
             interval.line(
                 step=self.progress.step,
                 progress=share,
-                lr=lr["lr"] / lr["peak_lr"],
+                lr=self._rate,
                 skipped=self.progress.skipped,
                 elapsed=self.progress.seconds,
                 eta=max(0.0, eta),
@@ -213,6 +214,8 @@ class Trainer:
         )
         if notes is not None:
             self.logger.say(notes())
+        if self.step.captured is not None and (news := self.step.captured.note()) is not None:
+            self.logger.say(news)
 
     def _save(self) -> Path:
         self._check()
