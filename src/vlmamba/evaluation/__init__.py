@@ -5,7 +5,7 @@ from vlmamba.evaluation.judge import Judge
 from vlmamba.evaluation.own import OwnData
 from vlmamba.evaluation.report import report
 from vlmamba.evaluation.results import table, weights_hash
-from vlmamba.evaluation.runner import Answerer, Request, Shard
+from vlmamba.evaluation.runner import Answerer, ReadsAhead, Request, Shard
 from vlmamba.evaluation.task import Options
 from vlmamba.evaluation.tasks import TASKS
 
@@ -16,6 +16,7 @@ __all__ = [
     "Judge",
     "Options",
     "OwnData",
+    "ReadsAhead",
     "Request",
     "Shard",
     "check",
