@@ -183,8 +183,8 @@ class World:
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
-        if size < 32:
-            raise ValueError(f"size is {size}; pictures smaller than 32 px cannot hold a scene")
+        if not 32 <= size <= 4096:
+            raise ValueError(f"size is {size}; expected 32 px, below which no scene finds room, to 4096")
         weights = dict(KINDS if kinds is None else kinds)
         if unknown := set(weights) - set(KINDS):
             raise ValueError(f"unknown kinds of picture {sorted(unknown)}; expected some of {', '.join(KINDS)}")
