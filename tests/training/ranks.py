@@ -25,11 +25,13 @@ class Job:
     Attributes:
         stop_at: the step after which the last process alone gets SIGTERM; None: the run goes on to its end.
         slow_save: seconds that writing a checkpoint takes longer.
+        die_in: the micro-batch, counted from 1, after whose backward pass the process kills itself.
     """
 
     config: RunConfig
     stop_at: int | None = None
     slow_save: float = 0.0
+    die_in: int | None = None
 
 
 def start(jobs: list[Job], folder: Path, size: int = 1) -> list[subprocess.Popen[bytes]]:
@@ -113,11 +115,20 @@ def _main(file: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
+    accumulate, micro_batches = Step._accumulate, []
+
+    def accumulated(self: Step, *arguments: Any) -> Any:
+        loss = accumulate(self, *arguments)
+        micro_batches.append(1)
+        if len(micro_batches) == job["die_in"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss
+
     def slow_save(*arguments: Any, **options: Any) -> None:
         save(*arguments, **options)
         time.sleep(job["slow_save"])
 
-    Step.__call__, checkpoint.dcp.save = call, slow_save
+    Step.__call__, Step._accumulate, checkpoint.dcp.save = call, accumulated, slow_save
     jobs = json.loads(file.read_text())
     with joined(jobs[0]["config"]["device"]):
         for job in jobs:

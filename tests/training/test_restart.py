@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from ranks import Job, start
 from vlmamba.training import run
 from vlmamba.training.metrics import read_metrics
 
-STEPS = 16
+STEPS = 28
+"""More than twenty after the first death."""
 
 
 @pytest.fixture
@@ -91,6 +93,20 @@ def test_killed_while_a_checkpoint_is_written(mixture, tmp_path) -> None:
     run(cut)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
     assert not list(folder.glob(".writing*"))
+
+
+def test_killed_between_two_micro_batches(mixture, tmp_path) -> None:
+    """Of step 7: half of its gradients are there, and go with the process."""
+    whole, cut = mixture(tmp_path / "whole"), mixture(tmp_path / "cut")
+    run(whole)
+    process = start([Job(cut, die_in=13)], tmp_path)[0]
+    try:
+        assert process.wait(90) == -signal.SIGKILL, (tmp_path / "rank-0.log").read_text()[-3000:]
+    finally:
+        kill(process)
+    assert len(ids(tmp_path / "cut")) == 6
+    run(cut)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
 @pytest.mark.slow
