@@ -69,8 +69,15 @@ def main() -> None:
             make_data(folder, options.toy)
             print(f"files made after {time.monotonic() - began:.0f} s", flush=True)
             for row in chosen:
-                limit = min(row.limit, options.seconds - (time.monotonic() - began))
-                note(row, let_run(row, folder, limit), options)
+                for _ in range(2):
+                    limit = min(row.limit, options.seconds - (time.monotonic() - began))
+                    found = let_run(row, folder, limit)
+                    note(row, found, options)
+                    if not found.pop("out_of_memory", False):
+                        break
+                    row.options += " --recompute 0.25"  # once more, thriftier
+                    row.running.clear()
+                    start(row, folder, options)
                 print(f"{time.monotonic() - began:.0f} s in all", flush=True)
         finally:
             for row in chosen:
@@ -110,7 +117,6 @@ def start(row: Row, folder: Path, options: argparse.Namespace) -> None:
         "MASTER_PORT": str(free_port()),
         # Rows of many lengths would cut the memory into pieces that fit nothing.
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "OMP_NUM_THREADS": "1" if options.toy else "4",
     }
     for rank in range(row.processes):
@@ -149,6 +155,7 @@ def let_run(row: Row, folder: Path, limit: float) -> dict[str, Any]:
         tails = [log_of(row, rank, folder).read_text(errors="replace")[-2500:] for rank in range(row.processes)]
         print(f"{row.name}: {codes}\n" + "\n---\n".join(tails), flush=True)
         found["problem"] = f"{codes}: {last_line(tails[0])}"
+        found["out_of_memory"] = any("OutOfMemoryError" in tail for tail in tails)
     return found
 
 
@@ -159,7 +166,7 @@ def note(row: Row, found: dict[str, Any], options: argparse.Namespace) -> None:
     stem = f"training-{device}" if device else next((f.stem for f in options.out.glob("training-*.json")), "training")
     file = options.out / f"{stem}.json"
     rows = json.loads(file.read_text()) if file.is_file() else []
-    rows = [r for r in rows if r["row"] != row.name] + [found]
+    rows = [*(r for r in rows if r["row"] != row.name), found]
     order = [r.name for r in ROWS]
     rows.sort(key=lambda r: order.index(r["row"]))
     file.write_text(json.dumps(rows, indent=1) + "\n")
