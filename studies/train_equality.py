@@ -21,7 +21,7 @@ from train_full_size import TOY, keep, make_files
 from vlmamba.training import build, launch
 from vlmamba.training.config import RunConfig, from_mapping
 from vlmamba.training.optimizer import set_rates
-from vlmamba.training.parallel import World, joined
+from vlmamba.training.parallel import Kind, World, joined
 
 STEPS = 4
 
@@ -40,7 +40,7 @@ def main() -> None:
         if options.data is None:
             world.from_main(lambda: make_files(data, 16, True))
         device = launch.pick_device(options.device, world)
-        ways = ["ddp", "fsdp"] if world.size > 1 else ["ddp"]
+        ways: list[Kind] = ["ddp", "fsdp"] if world.size > 1 else ["ddp"]
         found: dict[str, Any] = {"one": steps(recipe(data, options.device), device, World()) if world.is_main else []}
         for way in ways:
             found[f"{world.size} x {way}"] = steps(replace(recipe(data, options.device), parallel=way), device, world)
