@@ -1,7 +1,8 @@
 """Decoding: tokens a second of the captured step, all counted (embedding, layers, head, choice, feeding back).
 
     python -m benchmarks.decode --output decode.json             gate, marks, kernels of a step
-    python -m benchmarks.decode --variants                       also other cuts of the kernels, at every batch size
+    python -m benchmarks.decode --variants                       also other cuts of the kernels
+    python -m benchmarks.decode --quick                          a gate of two layers, for a look between changes
 
 The gate comes first: against float64, the fused step may be no further off than the modules in the same dtype.
 Letters: B batch, V vocabulary.
@@ -32,60 +33,26 @@ from vlmamba.ops.decode import Buffers, Head, Layer, Matrix, Plan, step
 
 MARKS = {1: 600, 8: 4500, 64: 25000, 256: 42000}
 INT8_MARK = 900
-# What else to try, by batch: changes of the plan.
-VARIANTS: dict[int, list[dict[str, Any]]] = {
-    1: [
-        {"pdl": False},
-        {"vector_bytes": 10240},
-        {"vector_bytes": 40960},
-        {"vector_bytes": 40960, "vector_warps": 4},
-        {"vector_rows": 4, "vector_warps": 4, "vector_block": 1024},
-        {"mix_block": 64},
-        {"combine_from": 1},
-        {"advance_channels": 16},
-        {"advance_channels": 64},
-        {"advance_warps": 2, "advance_channels": 16},
-        {"advance_warps": 8},
-        {"vector_up_to": 0, "combine_from": 2},
-    ],
-    8: [
-        {"pdl": False},
-        {"prefetch": False},
-        {"matrix_rows": 32},
-        {"matrix_rows": 16, "matrix_warps": 1},
-        {"matrix_rows": 64},
-        {"matrix_stages": 3},
-        {"matrix_stages": 7},
-        {"matrix_block": 256, "matrix_stages": 3},
-        {"norm_apart_from": 4},
-        {"mix_block": 64},
-        {"advance_batch": 4},
-        {"advance_channels": 16},
-        {"matrix_up_to": 4},
-        {"vector_up_to": 8},
-    ],
-    64: [
-        {"pdl": False},
-        {"matrix_up_to": 64},
-        {"matrix_up_to": 64, "matrix_rows": 64},
-        {"matrix_up_to": 64, "matrix_stages": 4},
-        {"advance_batch": 4},
-        {"advance_batch": 16},
-        {"advance_channels": 16},
-        {"advance_channels": 64, "advance_batch": 4},
-        {"advance_batch": 4, "advance_warps": 2, "advance_channels": 16},
-        {"mix_block": 64},
-    ],
-    256: [
-        {"pdl": False},
-        {"advance_batch": 4},
-        {"advance_batch": 16},
-        {"advance_channels": 16},
-        {"advance_channels": 64, "advance_batch": 4},
-        {"advance_batch": 16, "advance_warps": 8},
-        {"mix_block": 64},
-    ],
-}
+PROFILED = 2  # steps
+# What else to try: batch, changes of the plan, int8.
+VARIANTS: list[tuple[int, dict[str, Any], bool]] = [
+    (1, {"ahead_out": 0, "ahead_in": 0}, False),
+    (256, {"recur_sequences": 2}, False),
+    (8, {"skinny_up_to": 0}, False),
+    (64, {"ahead_out": 0}, False),
+    (1, {"ahead_in": 0}, False),
+    (8, {"skinny_depth": 3}, False),
+    (64, {"recur_sequences": 2}, False),
+    (1, {"ahead_in": 24 << 20}, False),
+    (1, {"ahead_out": 0, "ahead_in": 0}, True),
+    (256, {"ahead_out": 0}, False),
+    (1, {"vector_bytes": 10240}, True),
+    (1, {"vector_up_to": 0}, True),
+    (8, {"ahead_out": 0}, False),
+    (256, {"recur_channels": 32}, False),
+    (1, {"vector_up_to": 0}, False),
+    (64, {"mix_block": 64}, False),
+]
 
 
 class Wide(Sequence[Layer]):
@@ -174,14 +141,27 @@ def errors(model: VLMambaForCausalLM, batch: int, int8: bool = False, **options:
 
 def gate(model: VLMambaForCausalLM) -> dict[str, dict[str, float]]:
     """Every kind of plan on a small model, with and without PDL, and batches 1 and 8 on the large one."""
-    config = mamba_config("130m")
-    config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.time_step_rank = 256, 512, 4, 16
-    small = realistic(placed(lambda: VLMambaForCausalLM(config), torch.device("cuda"), torch.bfloat16))
+    small = shallow("130m", hidden_size=256, intermediate_size=512, num_hidden_layers=4, time_step_rank=16)
     found = {f"small B{b}": errors(small, b) for b in (1, 2, 3, 8, 16, 40, 130)}
     found["small B1, no PDL"] = errors(small, 1, plan=Plan())
     found |= {f"2.8b B{b}": errors(model, b) for b in (1, 8)}
     found["2.8b B1 int8"] = errors(model, 1, int8=True)
     return found
+
+
+def quick_gate() -> dict[str, dict[str, float]]:
+    """The kernels that are timed, on two layers of the large model."""
+    model = shallow("2.8b", num_hidden_layers=2)
+    found = {f"two layers B{b}": errors(model, b) for b in MARKS}
+    found["two layers B1 int8"] = errors(model, 1, int8=True)
+    return found
+
+
+def shallow(size: str, **changes: int) -> VLMambaForCausalLM:
+    config = mamba_config(size)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return realistic(placed(lambda: VLMambaForCausalLM(config), torch.device("cuda"), torch.bfloat16))
 
 
 def passes(found: dict[str, dict[str, float]]) -> bool:
@@ -252,9 +232,8 @@ def speed(lane: decode.Lane, tokens: int, repeats: int) -> dict[str, float]:
 def profile(lane: decode.Lane) -> list[dict[str, Any]]:
     """Kernels of one step by name and grid: how many, mean microseconds from start to end, and the mean time by which
     their start lies behind the end of the kernel before (below zero: they overlap)."""
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as prof:
-        for _ in range(3):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
+        for _ in range(PROFILED):
             lane.step.run()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
@@ -273,7 +252,7 @@ def profile(lane: decode.Lane) -> list[dict[str, Any]]:
         {
             "kernel": name,
             "grid": grid,
-            "a step": len(found) / 3,
+            "a step": len(found) / PROFILED,
             "us": statistics.fmean(f[0] for f in found),
             "gap us": statistics.median(f[1] for f in found),
             "registers": found[0][2],
@@ -295,11 +274,12 @@ def resources() -> list[dict[str, Any]]:
 
 
 def whole_loops(model: VLMambaForCausalLM) -> dict[str, float]:
-    """Tokens a second of `generate` and of `generate_tokens`: a prompt of 32 (its time included), 256 new, batch 1."""
+    """Tokens a second of `generate` and of `generate_tokens`: a prompt of 32 (its time included), 256 new, batch 1; and
+    of the first token alone."""
     ids = torch.randint(2, 1000, (1, 32), device="cuda")
 
-    def loop() -> None:
-        list(decode.generate_tokens(model, ids, max_new_tokens=256))
+    def loop(count: int = 256) -> None:
+        list(decode.generate_tokens(model, ids, max_new_tokens=count))
 
     def generate() -> None:
         model.generate(ids, max_new_tokens=256, min_new_tokens=256, do_sample=False)
@@ -307,6 +287,7 @@ def whole_loops(model: VLMambaForCausalLM) -> dict[str, float]:
     return {
         "generate_tokens": 256 / statistics.median(times(loop, 3)),
         "generate": 256 / statistics.median(times(generate, 3)),
+        "prompt and first token": 1 / statistics.median(times(lambda: loop(1), 3)),
     }
 
 
@@ -316,11 +297,7 @@ def trials(options: argparse.Namespace) -> Iterator[tuple[int, dict[str, Any], b
         yield batch, {}, False
     yield 1, {}, True
     if options.variants:
-        for batch in options.batches:
-            for changes in VARIANTS.get(batch, []):
-                yield batch, changes, False
-        for changes in ({"vector_rows": 4}, {"vector_bytes": 10240}, {"vector_warps": 4}, {"vector_block": 256}):
-            yield 1, changes, True
+        yield from (v for v in VARIANTS if v[0] in options.batches)
 
 
 def run(bench: Bench) -> None:
@@ -346,6 +323,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     parser.add_argument("--batches", type=int, nargs="+", default=list(MARKS))
     parser.add_argument("--variants", action="store_true", help="also time other cuts of the kernels")
+    parser.add_argument("--quick", action="store_true", help="a gate of two layers, and no loops around the step")
     parser.add_argument("--seconds", type=float, default=170, help="no new trial after this long")
     parser.add_argument("--no-gate", action="store_true", help="time although the gate is red (to see where time goes)")
     options = parser.parse_args()
@@ -358,7 +336,7 @@ def main() -> int:
 
     with torch.no_grad():
         model = build("2.8b", "cuda", torch.bfloat16)
-        results["gate"] = gate(model)
+        results["gate"] = quick_gate() if options.quick else gate(model)
         for name, found in results["gate"].items():
             print(f"  {name:20s}", "   ".join(f"{k} {v:.3g}" for k, v in found.items()))
         save()
@@ -368,8 +346,9 @@ def main() -> int:
                 return 1
         results["copy"] = copy_bandwidth()
         print(f"gate {time.time() - began:.0f} s; copy {results['copy'] / 1e12:.2f} TB/s")
-        results["loops"] = whole_loops(model)
-        print("  ".join(f"{k} {v:.0f} tokens/s" for k, v in results["loops"].items()))
+        if not options.quick:
+            results["loops"] = whole_loops(model)
+            print("  ".join(f"{k} {v:.0f} tokens/s" for k, v in results["loops"].items()))
         decode._decoders.clear()
         weights = {int8: decode.fused_weights(model, int8) for int8 in (False, True)}
         for batch, changes, int8 in trials(options):
@@ -395,7 +374,7 @@ def trial(
     try:
         plan = replace(decode.default_plan(head.embedding.device), **changes)
         lane = lane_of(layers, head, batch, plan=plan)
-        row |= speed(lane, 64 if changes else 256, 3 if changes else 5)
+        row |= speed(lane, 256 if batch < 32 else 32, 3)
         row["limit"] = copy * batch / least_bytes(layers, head, batch)
         mark = INT8_MARK if int8 else MARKS.get(batch, 0)
         print(

@@ -12,7 +12,7 @@ from vlmamba.ops import decode
 from vlmamba.ops.decode import Buffers, Head, Layer, Matrix, Plan, quantise
 
 d, D, N, R, W, V = 24, 40, 8, 5, 4, 67
-SMALL = Plan(vector_block=16, vector_bytes=1024, matrix_block=16, mix_block=16, advance_channels=16, advance_batch=4)
+SMALL = Plan(vector_block=16, vector_bytes=1024, matrix_block=16, mix_block=16, recur_channels=16)
 
 
 def weights(dtype: torch.dtype = torch.float32, layers: int = 2, seed: int = 0) -> tuple[list[Layer], Head]:
@@ -74,7 +74,7 @@ def run(
     logits = []
     for _ in range(steps):
         buffers.tokens.copy_(torch.randint(V, (batch,), generator=make))
-        for scratch in ("logits", "hidden", "normed", "delta", "xz", "partial", "features", "y"):
+        for scratch in ("logits", "hidden", "normed", "delta", "xz", "x", "partial", "features", "dt", "y", "best"):
             getattr(buffers, scratch).fill_(float("nan"))
         decode.step(layers, head, conv, ssm, buffers, plan, name)
         logits.append(buffers.logits.clone())
@@ -87,12 +87,10 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 PLANS = {
-    "vector": (1, SMALL),
-    "vector of two, shares added inside": (2, SMALL),
-    "vector, shares apart": (2, replace(SMALL, combine_from=2)),
-    "matrix": (3, SMALL),
-    "matrix, norm apart": (5, replace(SMALL, norm_apart_from=4)),
-    "library": (5, replace(SMALL, matrix_up_to=4)),
+    "fused": (1, SMALL),
+    "fused, two": (2, SMALL),
+    "one thing at a time": (3, SMALL),
+    "one thing at a time, more than a block": (17, replace(SMALL, recur_sequences=2)),
 }
 
 
@@ -123,6 +121,23 @@ def test_bf16_is_as_close_as_bf16_can_be() -> None:
     assert error(logits, logits64) < 1e-2
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@torch.no_grad()
+def test_product_of_few_rows_on_the_matrix_units(batch: int, int8: bool) -> None:
+    """Against float64, at a number of outputs that no program divides: only the rounding of the result is left."""
+    plan, make = Plan(pdl=True, vector_up_to=0), torch.Generator().manual_seed(3)
+    x, weight = (torch.randn(n, 1024, generator=make).to(DEVICE, torch.bfloat16) for n in (batch, 1021))
+    matrix = quantise(weight) if int8 else Matrix(weight)
+    out = torch.full((batch, 1021), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    assert plan.skinny(batch, 1024, 2)
+    form = decode._form(torch.device(DEVICE), "triton")
+    form.linear(x, matrix.weight, matrix.scale, out, None, 0.0, False, plan)
+    exact = matrix.weight.double() * (1 if matrix.scale is None else matrix.scale.double()[:, None])
+    assert error(out, (x.double() @ exact.t()).cpu()) < 2e-3
+
+
 def test_quantise_rounds_to_half_a_step() -> None:
     weight = torch.randn(9, 30, generator=torch.Generator().manual_seed(2))
     matrix = quantise(weight)
@@ -151,7 +166,8 @@ def test_drawn_tokens_follow_the_softmax(name: str) -> None:
     tokens, history = torch.zeros_like(seed), torch.zeros(250, 2, dtype=torch.int64, device=DEVICE)
     stops, slots = torch.tensor([1, -1], device=DEVICE), torch.arange(250, dtype=torch.int32, device=DEVICE)
     heat, limits = torch.full((250,), 2.0, device=DEVICE), torch.tensor([4, 3], device=DEVICE)
-    form.choose(logits, heat, seed, stops, limits, count, history, tokens, slots, 999, SMALL)
+    parts = torch.zeros(250, 1, device=DEVICE), torch.zeros(250, 1, dtype=torch.int32, device=DEVICE)
+    form.choose(logits, heat, seed, stops, limits, count, history, tokens, slots, *parts, 999, SMALL)
     assert torch.equal(slots == 999, tokens == 1)
     p = torch.softmax(torch.tensor([0.0, 1.0, 0.5]), 0)
     drawn = torch.bincount(tokens.cpu(), minlength=3) / 250

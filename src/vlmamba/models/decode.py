@@ -17,6 +17,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -126,7 +127,7 @@ def fused_weights(model: nn.Module, int8: bool = False) -> tuple[list[Layer], He
 def default_plan(device: torch.device) -> Plan:
     """How to cut the kernels on this device."""
     hopper = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-    return Plan(pdl=hopper)
+    return Plan(pdl=hopper, skinny_up_to=Plan.skinny_up_to if find_spec("triton.experimental.gluon") else 0)
 
 
 def new_pool(layers: Sequence[Layer], slots: int, dtype: torch.dtype) -> MambaState:
@@ -158,6 +159,8 @@ class Step:
             self.plan = replace(self.plan, pdl=False)
         with torch.inference_mode(False):
             self.buffers = Buffers.make(batch, layers[0], head, self.plan)
+        if device.type == "cuda":  # one tap of all channels after another, as the kernels read them
+            layers = [replace(layer, conv_weight=layer.conv_weight.t().contiguous().t()) for layer in layers]
         self._arguments = (layers, head, pool.conv, pool.ssm, self.buffers, self.plan, implementation)
         self._graph: torch.cuda.CUDAGraph | None = None
         if capture:

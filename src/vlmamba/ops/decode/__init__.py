@@ -2,12 +2,13 @@
 
 Not differentiable; every buffer is given, so that a step can be captured in a CUDA graph. What runs where:
 
-    B small     per layer: linear (norm and in_proj), mix (convolution and x_proj), advance (dt_proj, recurrence, gate),
-                linear (out_proj, added to the residual stream)
-    B large     the same, with the norm apart and the two large products in torch's library
+    B small     per layer: linear (norm and in_proj), extract (convolution and x_proj), advance (the convolution again,
+                dt_proj, recurrence, gate), linear (out_proj, added to the residual stream): latency is what counts
+    B large     per layer: normalise, in_proj, mix (convolution, x_proj), recur (dt_proj, recurrence, gate), out_proj:
+                the bytes of the states are what counts; the large products mostly in torch's library
 
 Legend: B batch, S slots of the state pool, d model width, D channels, N state size, R rank of dt, W taps,
-F = R + 2 N features of x_proj, P partial sums, V vocabulary, rows and width of a weight.
+F = R + 2 N features of x_proj, P partial sums, V vocabulary, C parts of it, rows and width of a weight.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from vlmamba.ops.decode.plan import Plan
 __all__ = ["HOST_ROWS", "Buffers", "Head", "Layer", "Matrix", "Plan", "quantise", "step"]
 
 HOST_ROWS = 8  # sequences that the native step on the CPU takes at once (`cpu.Token`); with more, torch's products win
+
+VOCABULARY_PART = 2048  # tokens among which one program looks for the best
 
 
 @dataclass(frozen=True)
@@ -92,17 +95,22 @@ class Buffers:
     normed: Tensor
     delta: Tensor
     xz: Tensor
+    x: Tensor
     partial: Tensor
     features: Tensor
+    dt: Tensor
     y: Tensor
+    best: Tensor
+    where: Tensor
 
     @classmethod
     def make(cls, batch: int, layer: Layer, head: Head, plan: Plan, capacity: int = 64) -> Buffers:
         device, dtype = head.embedding.device, head.embedding.dtype
         channels, width, features = layer.A.shape[0], len(layer.norm), len(layer.x_proj)
         vocabulary = len(head.matrix.weight)
+        parts = -(-vocabulary // VOCABULARY_PART)
 
-        library = batch > plan.matrix_up_to and head.matrix.scale is None
+        library = batch > plan.vector_up_to and head.matrix.scale is None
         exact = dtype if library else torch.promote_types(dtype, torch.float32)
 
         def zeros(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
@@ -123,9 +131,13 @@ class Buffers:
             normed=zeros(batch, width, kind=dtype),
             delta=zeros(batch, width, kind=dtype),
             xz=zeros(batch, 2 * channels, kind=dtype),
-            partial=zeros(plan.parts(batch, channels), batch, features),
-            features=zeros(1, batch, features),
+            x=zeros(batch, channels, kind=dtype),
+            partial=zeros(plan.parts(channels) if batch > plan.vector_up_to else 0, batch, features),
+            features=zeros(batch, features),
+            dt=zeros(batch, channels),
             y=zeros(batch, channels, kind=dtype),
+            best=zeros(batch, parts),
+            where=zeros(batch, parts, kind=torch.int32),
         )
 
 
@@ -147,15 +159,10 @@ def step(
     """
     form = _form(buffers.hidden.device, implementation)
     form.embed(buffers.tokens, head.embedding, buffers.hidden, plan)
-    pending = None  # a part of the residual stream not yet added to it
-    for layer, conv_state, ssm_state in zip(layers, conv, ssm, strict=True):
-        _project(form, buffers, layer.norm, layer.eps, layer.in_proj, pending, buffers.xz, plan)
-        _recur(form, layer, conv_state, ssm_state, buffers, plan)
-        if _in_library(buffers, layer.out_proj, plan):
-            pending = torch.mm(buffers.y, layer.out_proj.weight.t(), out=buffers.delta)
-        else:
-            form.linear(buffers.y, layer.out_proj.weight, layer.out_proj.scale, buffers.hidden, None, 0.0, True, plan)
-    _project(form, buffers, head.norm, head.eps, head.matrix, pending, buffers.logits, plan)
+    if len(buffers.tokens) <= plan.vector_up_to:
+        _fused_layers(form, layers, head, conv, ssm, buffers, plan)
+    else:
+        _layers(form, layers, head, conv, ssm, buffers, plan)
     form.choose(
         buffers.logits,
         buffers.temperature,
@@ -166,62 +173,107 @@ def step(
         buffers.history,
         buffers.tokens,
         buffers.slots,
+        buffers.best,
+        buffers.where,
         len(ssm[0]) - 1,
         plan,
     )
+
+
+def _fused_layers(
+    form: ModuleType,
+    layers: Sequence[Layer],
+    head: Head,
+    conv: Sequence[Tensor],
+    ssm: Sequence[Tensor],
+    buffers: Buffers,
+    plan: Plan,
+) -> None:
+    """From the residual stream to the logits: norms, sums and the convolution inside other kernels."""
+    afterwards = [layers[i].in_proj.weight for i in range(1, len(layers))] + [head.matrix.weight]
+    for layer, conv_state, ssm_state, following in zip(layers, conv, ssm, afterwards, strict=True):
+        into, out = layer.in_proj, layer.out_proj
+        convolution = (buffers.slots, layer.conv_weight, layer.conv_bias)
+        form.linear(buffers.hidden, into.weight, into.scale, buffers.xz, layer.norm, layer.eps, False, plan)
+        form.extract(buffers.xz, conv_state, *convolution, layer.x_proj, buffers.features, out.weight, plan)
+        form.advance(
+            buffers.features,
+            buffers.xz,
+            conv_state,
+            ssm_state,
+            *convolution,
+            layer.dt_proj,
+            layer.dt_bias,
+            layer.A,
+            layer.D,
+            buffers.y,
+            following,
+            plan,
+        )
+        form.linear(buffers.y, out.weight, out.scale, buffers.hidden, None, 0.0, True, plan)
+    last = head.matrix
+    form.linear(buffers.hidden, last.weight, last.scale, buffers.logits, head.norm, head.eps, False, plan)
+
+
+def _layers(
+    form: ModuleType,
+    layers: Sequence[Layer],
+    head: Head,
+    conv: Sequence[Tensor],
+    ssm: Sequence[Tensor],
+    buffers: Buffers,
+    plan: Plan,
+) -> None:
+    """The same, one thing at a time."""
+    pending = None  # a part of the residual stream not yet added to it
+    for layer, conv_state, ssm_state in zip(layers, conv, ssm, strict=True):
+        form.normalise(buffers.hidden, pending, layer.norm, layer.eps, buffers.normed, plan)
+        _multiply(form, buffers.normed, layer.in_proj, buffers.xz, plan)
+        form.mix(
+            buffers.xz,
+            conv_state,
+            buffers.slots,
+            layer.conv_weight,
+            layer.conv_bias,
+            layer.x_proj,
+            buffers.x,
+            buffers.partial,
+            buffers.features,
+            layer.out_proj.weight,
+            plan,
+        )
+        form.recur(
+            buffers.features,
+            buffers.xz,
+            buffers.x,
+            buffers.dt,
+            ssm_state,
+            buffers.slots,
+            layer.dt_proj,
+            layer.dt_bias,
+            layer.A,
+            layer.D,
+            buffers.y,
+            plan,
+        )
+        _multiply(form, buffers.y, layer.out_proj, buffers.delta, plan)
+        pending = buffers.delta
+    form.normalise(buffers.hidden, pending, head.norm, head.eps, buffers.normed, plan)
+    _multiply(form, buffers.normed, head.matrix, buffers.logits, plan)
+
+
+def _multiply(form: ModuleType, x: Tensor, matrix: Matrix, out: Tensor, plan: Plan) -> None:
+    """out = x @ matrix^T, in torch's library unless ours is faster or the matrix is int8."""
+    if matrix.scale is None and not plan.skinny(len(x), x.shape[1], x.element_size()):
+        torch.mm(x, matrix.weight.t(), out=out)
+    else:
+        form.linear(x, matrix.weight, matrix.scale, out, None, 0.0, False, plan)
 
 
 def quantise(weight: Tensor) -> Matrix:
     """The weight (rows, width) in int8 with one symmetric scale per row: the largest entry becomes 127."""
     scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127
     return Matrix(torch.round(weight.float() / scale[:, None]).to(torch.int8), scale)
-
-
-def _in_library(buffers: Buffers, matrix: Matrix, plan: Plan) -> bool:
-    return len(buffers.tokens) > plan.matrix_up_to and matrix.scale is None
-
-
-def _project(
-    form: ModuleType,
-    buffers: Buffers,
-    norm: Tensor,
-    eps: float,
-    matrix: Matrix,
-    pending: Tensor | None,
-    out: Tensor,
-    plan: Plan,
-) -> None:
-    """out = norm(hidden + pending) @ matrix^T; the pending part of the residual stream is settled on the way."""
-    if len(buffers.tokens) < plan.norm_apart_from and pending is None and not _in_library(buffers, matrix, plan):
-        form.linear(buffers.hidden, matrix.weight, matrix.scale, out, norm, eps, False, plan)
-        return
-    form.normalise(buffers.hidden, pending, norm, eps, buffers.normed, plan)
-    if not _in_library(buffers, matrix, plan):
-        form.linear(buffers.normed, matrix.weight, matrix.scale, out, None, eps, False, plan)
-    else:
-        torch.mm(buffers.normed, matrix.weight.t(), out=out)
-
-
-def _recur(form: ModuleType, layer: Layer, conv: Tensor, ssm: Tensor, buffers: Buffers, plan: Plan) -> None:
-    convolution = (buffers.slots, layer.conv_weight, layer.conv_bias)
-    form.mix(buffers.xz, conv, *convolution, layer.x_proj, buffers.partial, plan)
-    shares = buffers.partial
-    if len(shares) > 1 and len(buffers.tokens) >= plan.combine_from:
-        form.combine(buffers.partial, buffers.features, plan)
-        shares = buffers.features
-    form.advance(
-        shares,
-        buffers.xz,
-        conv,
-        ssm,
-        *convolution,
-        layer.dt_proj,
-        layer.dt_bias,
-        layer.A,
-        layer.D,
-        buffers.y,
-        plan,
-    )
 
 
 def _form(device: torch.device, implementation: str | None) -> ModuleType:

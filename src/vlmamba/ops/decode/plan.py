@@ -7,36 +7,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SKINNY_WARPS, SKINNY_BLOCK = 4, 128  # warps of a program of `skinny.py`, and the columns that each takes at a time
+
 
 @dataclass(frozen=True)
 class Plan:
     """Attributes:
-    vector_up_to: the batch up to which products run on the ordinary units, weights held in registers.
-    matrix_up_to: the batch up to which products run in our matrix kernel; above, in torch's library.
-    norm_apart_from: the batch from which the norm runs before the product instead of inside it.
-    combine_from: the batch from which the shares of x_proj are added up by a kernel of their own.
-    pdl: programmatic dependent launch (NVIDIA since Hopper); prefetch: matrix kernels ask for their weights early.
+    vector_up_to: the batch up to which a layer is four kernels, products on the ordinary units with the weights held in
+        registers; above, every part is a kernel of its own and products run in torch's library (int8 ones in ours).
+    pdl: programmatic dependent launch and other instructions that NVIDIA has since Hopper.
     vector_bytes, vector_rows: most bytes and rows of a weight that one program of the vector kernel holds.
+    skinny_up_to: the batch up to which, with `pdl`, products run in `skinny.py`; skinny_depth: blocks of a weight that
+        a program asks for at once.
+    ahead_out, ahead_in: bytes of out_proj, and (up to `vector_up_to`) of the next layer's in_proj, that are asked to be
+        in the L2 cache while kernels run that move few bytes.
+    recur_channels, recur_sequences: how much of the state one program of the recurrence moves on.
     """
 
     vector_up_to: int = 2
-    matrix_up_to: int = 32
-    norm_apart_from: int = 16
-    combine_from: int = 3
     pdl: bool = False
-    prefetch: bool = True
     vector_bytes: int = 20480
     vector_rows: int = 8
     vector_block: int = 512
     vector_warps: int = 2
-    matrix_rows: int = 0
+    skinny_up_to: int = 8
+    skinny_depth: int = 5
+    ahead_out: int = 32 << 20
+    ahead_in: int = 12 << 20
     matrix_block: int = 128
-    matrix_stages: int = 5
-    matrix_warps: int = 0
     mix_block: int = 128
-    advance_batch: int = 8
-    advance_channels: int = 32
-    advance_warps: int = 4
+    recur_channels: int = 64
+    recur_sequences: int = 4
+    recur_warps: int = 4
 
     def vector(self, batch: int, rows: int, width: int, itemsize: int) -> tuple[int, int, int]:
         """Rows of the weight per program, columns per load, warps."""
@@ -44,32 +46,32 @@ class Plan:
         each = min(max(each, 1), self.vector_rows, _power_above(rows))
         return each, min(self.vector_block, _power_above(width)), self.vector_warps
 
+    def skinny(self, batch: int, width: int, itemsize: int) -> bool:
+        """Whether `skinny.py` takes x (batch, width) of this itemsize."""
+        whole = width % (SKINNY_WARPS * SKINNY_BLOCK) == 0
+        return self.pdl and batch <= self.skinny_up_to and whole and itemsize == 2
+
     def matrix(self, batch: int, rows: int, width: int, itemsize: int) -> tuple[int, int, int, int, int]:
         """Block of the batch, of rows, of columns, pipeline stages, warps."""
         block_b = min(max(8, _power_above(batch)), 64)
-        block_r = self.matrix_rows or (32 if rows < 8192 else 64 if batch <= 32 else 128)
-        warps = self.matrix_warps or (4 if block_r >= 64 or block_b >= 64 else 2)
+        block_r = 32 if rows < 8192 else 64 if batch <= 32 else 128
         block_k = min(self.matrix_block * 2 // itemsize, max(16, _power_above(width)))
         if block_b >= 32:
             block_k = max(16, block_k // 2)  # the batch fills the pipeline's memory too
-        return block_b, block_r, block_k, self.matrix_stages, warps
+        return block_b, block_r, block_k, 5, 4 if block_r >= 64 or block_b >= 64 else 2
 
-    def mix(self, batch: int, channels: int) -> tuple[int, int, int, int]:
-        """Block of the batch (1: no matrix units), of channels, blocks per program, warps."""
-        block_k = min(self.mix_block, max(16, _power_above(channels)))
-        if batch < self.combine_from:
-            return 1, block_k, 1, 8
-        return min(max(16, _power_above(batch)), 32), block_k, 1 if batch <= 32 else 4, 8
+    def block_b(self, batch: int) -> int:
+        """Sequences that a program of the small products takes: with the blocks of channels, a program or more for
+        every multiprocessor."""
+        return 16 if batch <= 64 else 32 if batch <= 128 else 64
 
-    def parts(self, batch: int, channels: int) -> int:
-        """P, the shares that `mix` leaves."""
-        _, block_k, steps, _ = self.mix(batch, channels)
-        return -(-channels // (block_k * steps))
+    def mix_channels(self, channels: int) -> int:
+        """Channels that a program of x_proj adds up."""
+        return min(self.mix_block, max(16, _power_above(channels)))
 
-    def advance(self, batch: int) -> tuple[int, int, int]:
-        """Block of the batch (1: no matrix units), of channels, warps."""
-        block_b = 1 if batch < self.combine_from else min(self.advance_batch, _power_above(batch))
-        return block_b, self.advance_channels, self.advance_warps
+    def parts(self, channels: int) -> int:
+        """P, the shares of x_proj."""
+        return -(-channels // self.mix_channels(channels))
 
 
 def _power_above(n: int) -> int:

@@ -33,31 +33,25 @@ def normalise(h: Tensor, delta: Tensor | None, norm: Tensor, eps: float, out: Te
     out.copy_(_normed(h, norm, eps))
 
 
-def mix(
+def extract(
     xz: Tensor,
     conv_state: Tensor,
     slots: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     weight: Tensor,
-    partial: Tensor,
+    features: Tensor,
+    ahead: Tensor,
     plan: Plan,
 ) -> None:
-    """partial (P, B, F): weight (F, D) @ silu(conv(x)), all of it in the first share. The conv state is only read."""
+    """features (B, F) = weight (F, D) @ silu(conv(x)). The conv state is only read."""
     x = xz[:, : weight.shape[1]].to(compute_dtype(xz))
-    held = conv_state[slots.long()]
-    v = update.conv_forward(held, x, conv_weight, conv_bias, "silu", None)
-    partial.zero_()
-    partial[0] = v @ weight.to(v.dtype).t()
-
-
-def combine(partial: Tensor, out: Tensor, plan: Plan) -> None:
-    """out (1, B, F) = the sum of partial (P, B, F) over P."""
-    out[0] = partial.sum(0)
+    v = update.conv_forward(conv_state[slots.long()], x, conv_weight, conv_bias, "silu", None)
+    features.copy_(v @ weight.to(v.dtype).t())
 
 
 def advance(
-    partial: Tensor,
+    features: Tensor,
     xz: Tensor,
     conv_state: Tensor,
     ssm_state: Tensor,
@@ -69,19 +63,75 @@ def advance(
     A: Tensor,
     D: Tensor,
     y: Tensor,
+    ahead: Tensor,
     plan: Plan,
 ) -> None:
     """One token of the recurrence on `slots` (B,) of conv_state (S, W-1, D) and ssm_state (S, D, N), in place.
 
-    partial (P, B, F): shares of dt (low rank), B and C; weight (D, R): dt_proj; xz (B, 2 D): x, not yet convolved, and
-    the gate z; y (B, D): the gated output.
+    features (B, F): dt (low rank), B and C; weight (D, R): dt_proj; xz (B, 2 D): x, not yet convolved, and the gate z;
+    y (B, D): the gated output.
     """
+    x = xz[:, : len(weight)].to(compute_dtype(xz))
+    x = update.conv_forward(conv_state, x, conv_weight, conv_bias, "silu", slots.long())
+    _recur(features, xz, x, ssm_state, slots, weight, dt_bias, A, D, y)
+
+
+def mix(
+    xz: Tensor,
+    conv_state: Tensor,
+    slots: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    weight: Tensor,
+    x: Tensor,
+    partial: Tensor,
+    features: Tensor,
+    ahead: Tensor,
+    plan: Plan,
+) -> None:
+    """x (B, D) = silu(conv(the first half of xz (B, 2 D))), the conv_state (S, W-1, D) at `slots` (B,) moves on, and
+    features (B, F) = weight (F, D) @ x; partial and ahead are not needed here."""
+    new = xz[:, : weight.shape[1]].to(compute_dtype(xz))
+    x.copy_(update.conv_forward(conv_state, new, conv_weight, conv_bias, "silu", slots.long()))
+    features.copy_(x.to(new.dtype) @ weight.to(new.dtype).t())
+
+
+def recur(
+    features: Tensor,
+    xz: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    ssm_state: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    y: Tensor,
+    plan: Plan,
+) -> None:
+    """One token of the recurrence on `slots` (B,) of ssm_state (S, D, N), in place, after `mix`; dt is not needed
+    here."""
+    _recur(features, xz, x.to(compute_dtype(xz)), ssm_state, slots, weight, dt_bias, A, D, y)
+
+
+def _recur(
+    features: Tensor,
+    xz: Tensor,
+    x: Tensor,
+    ssm_state: Tensor,
+    slots: Tensor,
+    weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    y: Tensor,
+) -> None:
     (dim, rank), states = weight.shape, A.shape[1]
-    dtype = compute_dtype(xz)
-    low, B, C = partial.sum(0).split([rank, states, states], dim=-1)
-    x = update.conv_forward(conv_state, xz[:, :dim].to(dtype), conv_weight, conv_bias, "silu", slots.long())
+    low, B, C = features.split([rank, states, states], dim=-1)
     dt = low @ weight.to(low.dtype).t()
-    y.copy_(update.forward(ssm_state, x, dt, A, B, C, D, xz[:, dim:].to(dtype), dt_bias, True, slots.long()))
+    z = xz[:, dim:].to(x.dtype)
+    y.copy_(update.forward(ssm_state, x, dt, A, B, C, D, z, dt_bias, True, slots.long()))
 
 
 def choose(
@@ -94,13 +144,15 @@ def choose(
     history: Tensor,
     tokens: Tensor,
     slots: Tensor,
+    best: Tensor,
+    where: Tensor,
     spare: int,
     plan: Plan,
 ) -> None:
     """tokens (B,) = the next token of each row of logits (B, V): the likeliest where temperature (B,) is 0, else drawn
     with seed (B,). Only the first limits[0] tokens count, number limits[1] (-1: none) never. history (B, capacity) at
     count (B,) takes it too, and count moves on. A row whose token is among `stops` has ended: its slot becomes `spare`,
-    so that later steps leave its state alone."""
+    so that later steps leave its state alone. best and where are not needed here."""
     known, banned = limits.tolist()
     scores = logits[:, :known].float().clone()
     if banned >= 0:
