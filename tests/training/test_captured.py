@@ -131,6 +131,33 @@ def test_what_a_frame_held_before_is_gone(recipe) -> None:
     assert used.items == 5
 
 
+def test_surplus_rows_images_and_labels_change_nothing(recipe) -> None:
+    config = recipe(optim=PACKED, stage={"vision": {"lr": 1e-2}})
+    plain, batches = make_step(config)
+    framed, _ = make_step(config, Graphs())
+    batch = next(b[0] for b in batches if b[0].pixels is not None)
+    rows, length = batch.input_ids.shape
+    frame = Frame(Size(rows + 3, length + 64, len(batch.pixels) + 2, 2 * batch.num_labels, packed=True), batch, CPU)
+    frame.batch.pixels.random_(0, 255)
+    frame.fill(batch, batch.num_labels)
+    assert (frame.batch.pixels[len(batch.pixels) :] == 0).all()
+    found = framed._learn(frame.batch, frame.items)
+    torch.testing.assert_close(found, torch.tensor(plain([batch]).read()), rtol=1e-5, atol=1e-6)
+    for (name, a), b in zip(weights(plain).items(), weights(framed).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_log_tells_of_graphs_and_of_steps_without(recipe, tmp_path, monkeypatch, capsys) -> None:
+    made, graphs = launch.Step, Graphs()
+    monkeypatch.setattr("vlmamba.training.captured.MOST", 1)
+    monkeypatch.setattr(launch, "Step", lambda *arguments: made(*arguments[:-1], graphs))
+    launch.run(recipe(optim=PACKED | {"max_steps": 12}))
+    said = capsys.readouterr().err
+    assert said.count("captured: ") == graphs.captured == 1
+    assert "steps kernel by kernel" in said
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["lr"] == pytest.approx(1.0, abs=0.1)
+
+
 def test_sizes_are_few_and_no_smaller_than_the_batch(recipe) -> None:
     _, batches = make_step(recipe(optim=PACKED))
     for (batch,) in batches:

@@ -103,9 +103,7 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
         words = input_ids.masked_fill(is_image, 0)
         return words, None if seen else Check(is_image.sum(), None).unless_made(can_wait(input_ids))
 
-    def _with_images(
-        self, input_ids: Tensor, pixel_values: Tensor, seen: bool = False
-    ) -> tuple[Tensor, Check | None]:
+    def _with_images(self, input_ids: Tensor, pixel_values: Tensor, seen: bool = False) -> tuple[Tensor, Check | None]:
         """Embeddings (B, L, d), and a check that there is an image for every placeholder, if it is still to be made."""
         features = self.get_image_features(pixel_values)  # first: the device works on it while we go on
         is_image = input_ids == self.config.image_token_id
