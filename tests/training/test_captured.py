@@ -171,6 +171,32 @@ def test_sizes_are_few_and_no_smaller_than_the_batch(recipe) -> None:
     assert Size.of(batch) == Size(13, 2560, 64, 4096, packed=True)
 
 
+def test_an_encoder_alone(recipe) -> None:
+    vision = {"image_size": 128, "patch_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = recipe(
+        model={"vision": vision | {"num_attention_heads": 2}, "language": None, "vision_layer": -1},
+        data=[{"scenes": {"seed": 2, "what": "patches"}, "size": 40}],
+        stage={"vision": {"lr": 1e-2}, "connector": {"lr": 0.0}, "language": {"lr": 0.0}},
+        optim={"global_batch": 4, "micro_batch": 4},
+    )
+    plain, batches = make_step(config)
+    framed, _ = make_step(config, Graphs())
+    found, wanted = train(framed, batches, config), train(plain, batches, config)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+    assert framed.captured.replayed == len(batches) - 1
+
+
+def test_what_no_graph_can_hold_is_told(recipe) -> None:
+    def capture(function):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    step, batches = make_step(recipe(optim=PACKED), capture)
+    step(batches[0])
+    with pytest.raises(ValueError, match=r"cannot be captured \(operation not permitted when stream is capturing\)"):
+        step(batches[0])
+    assert not any(group["capturable"] for group in step.optimizer.param_groups)
+
+
 def test_nan_is_told(recipe) -> None:
     step, batches = make_step(recipe(optim=PACKED), Graphs())
     same = [batches[0]] * 4

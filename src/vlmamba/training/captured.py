@@ -102,6 +102,9 @@ class CapturedStep:
             (2,) loss and gradient norm. It must wait for nothing, and leave no gradients.
         optimizer: its rates are put into device memory, for `set_rates` to write to.
         capture: makes a function that does what a function does; a CUDA graph if not given.
+
+    Raises:
+        ValueError: the step holds something that no graph can stand for, such as a wait for the device.
     """
 
     def __init__(
@@ -148,6 +151,11 @@ class CapturedStep:
             group["capturable"] = True
         try:
             return self._capture(lambda: (self._learn(frame.batch, frame.items),))
+        except RuntimeError as problem:
+            reason = str(problem).strip().split("\n")[0]
+            raise ValueError(
+                f"optim.capture: this model's step cannot be captured ({reason}); set it to false"
+            ) from problem
         finally:
             for group, value in zip(groups, before, strict=True):
                 group["capturable"] = value

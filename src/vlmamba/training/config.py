@@ -40,7 +40,8 @@ class ModelConfig:
 
     `vision` and `language` are each a local folder, a Hub id, `stage:NAME` (the result of another stage of the same
     pipeline), or a mapping of configuration fields for a part that starts from random weights. Without `vision` the
-    language model is trained alone, on text; without `language` the encoder, on what lies in the patches of scenes.
+    language model is trained alone, on text; without `language` the encoder, on what lies in the patches of scenes, or
+    by `contrastive`.
     """
 
     path: str | None = None
@@ -52,6 +53,12 @@ class ModelConfig:
     scan_weights: Literal["shared", "per-order"] = "shared"
     vision_layer: int = -2
     vision_cls: bool = False
+    connector_width: int | None = None
+    """Of the MLP in `mlp` and `vss-mlp`; None: the language model's."""
+    image_place: Literal["before", "after"] = "before"
+    """Where a picture stands: before the question about it, or after."""
+    contrastive: Literal["softmax", "sigmoid"] | None = None
+    """An encoder trained alone learns which text is a picture's, as CLIP does or as SigLIP."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +227,8 @@ def _check_run(config: RunConfig) -> None:
         0 <= optim.checkpoint_activations <= 1,
         f"optim.checkpoint_activations: is {optim.checkpoint_activations}; it is true, false or a share of the blocks",
     )
-    _check_capture(optim, require)
+    if optim.capture:
+        _check_capture(optim, require)
     steps = optim.max_steps
     require(steps is None or steps > 0, f"optim.max_steps: is {steps}; it must be positive")
     require(optim.epochs > 0, f"optim.epochs: is {optim.epochs}; it must be positive")
@@ -248,34 +256,31 @@ def _check_run(config: RunConfig) -> None:
 
 def _check_capture(optim: OptimConfig, require: Callable[[bool, str], None]) -> None:
     """A graph is one whole step, of kernels that are the same each time."""
-    if not optim.capture:
-        return
-    require(
-        optim.micro_batch == optim.global_batch,
-        f"optim.capture: takes a step as one micro-batch; optim.micro_batch is {optim.micro_batch}, global_batch "
-        f"{optim.global_batch}",
-    )
+    whole = optim.micro_batch == optim.global_batch
+    require(whole, f"optim.capture: needs micro_batch ({optim.micro_batch}) equal to global_batch")
     require(not optim.compile, "optim.capture: does not go with optim.compile; choose one")
-    require(
-        not optim.checkpoint_activations,
-        "optim.capture: is for models small enough to do without optim.checkpoint_activations; choose one",
-    )
+    require(not optim.checkpoint_activations, "optim.capture: does not go with checkpoint_activations; choose one")
 
 
 def _check_encoder(config: RunConfig, require: Callable[[bool, str], None]) -> None:
     """An encoder that is trained alone is kept whole, and learns from scenes' patches, as nothing else does."""
     model = config.model
     alone = model.vision is not None and model.language is None and model.path is None
+    paired = model.contrastive is not None
     for i, source in enumerate(config.data):
         patches = source.scenes is not None and source.scenes.what == "patches"
-        require(alone or not patches, f"data.{i}.scenes.what: patches are for a model of a vision part alone")
-        require(patches or not alone, f"data.{i}: a vision part alone (no language) learns from scenes, what: patches")
+        wanted = alone and not paired
+        require(wanted or not patches, f"data.{i}.scenes.what: patches are for a model of a vision part alone")
+        require(patches or not wanted, f"data.{i}: a vision part alone (no language) learns from scenes, what: patches")
         require(
             not patches or (source.scenes is not None and source.scenes.pictures),
             f"data.{i}.scenes.pictures: patches are nothing without the picture",
         )
+    require(alone or not paired, "model.contrastive: is for a model of a vision part alone")
     if not alone:
         return
+    whole = config.optim.micro_batch == config.optim.global_batch and config.stage.template == "plain"
+    require(whole or not paired, "model.contrastive: needs stage.template: plain, and optim.micro_batch = global_batch")
     layer = model.vision_layer
     require(layer == -1, f"model.vision_layer: is {layer}; an encoder trained alone gives out its last layer, -1")
     require(not model.vision_cls, "model.vision_cls: an encoder trained alone is asked for patches only")
