@@ -140,14 +140,17 @@ class Step:
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(micro_batches, 1):
             with self.parallel.accumulating(last=number == len(micro_batches)):
-                loss += self._accumulate(self.inputs(batch), labels, self._blank(batch))
+                loss += self._accumulate(batch, labels)
         return self._update(self.parallel.mean(loss))
 
     def _learn(self, batch: Batch, labels: Tensor) -> Tensor:
         """The same over one batch, checked and on the device, without a look at what it holds."""
-        return self._update(self._accumulate(self._keywords(batch), labels, self._blank(batch)))
+        return self._update(self._derive(self._keywords(batch), labels, self._blank(batch)))
 
-    def _accumulate(self, inputs: dict[str, Any], labels: int | Tensor, blank: Tensor | None) -> Tensor:
+    def _accumulate(self, batch: Batch, labels: int) -> Tensor:
+        return self._derive(self.inputs(batch), labels, self._blank(batch))
+
+    def _derive(self, inputs: dict[str, Any], labels: int | Tensor, blank: Tensor | None) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16) if self.autocast else nullcontext():
             loss = self.parallel.loss(inputs, labels, blank)
         loss.backward()
