@@ -29,6 +29,12 @@ def test_scenes_with_a_picture(what) -> None:
     assert record.turns != source.record(8).turns
 
 
+def test_scenes_come_again_when_asked_to() -> None:
+    fresh, again = (ScenesSource(ScenesConfig(seed=5, again=again), 3) for again in (False, True))
+    assert again.record(4) == fresh.record(1)
+    assert fresh.record(4).id == "scene-5-train-4"
+
+
 def test_scene_text() -> None:
     record = ScenesSource(ScenesConfig(what="text"), 10).record(3)
     assert record.text

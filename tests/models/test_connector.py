@@ -120,3 +120,15 @@ def test_class_token_skips_the_scan():
     assert_close(with_cls[:, 1:], without)
     with pytest.raises(ValueError, match="do not fill a grid of 3 x 3"):
         c(v, (3, 3))
+
+
+@pytest.mark.parametrize("kind", ["mlp", "vss-mlp"])
+def test_width_of_the_mlp(kind: str) -> None:
+    connector = Connector(config(connector=kind, connector_width=33))
+    assert connector.linear_out.in_features == 33
+    assert connector(torch.randn(2, 6, V), (2, 3)).shape == (2, 6, D_MODEL)
+
+
+def test_vss_l2_has_no_width_of_its_own() -> None:
+    with pytest.raises(ValueError, match="connector_width=33: .* for connector mlp or vss-mlp"):
+        config(connector="vss-l2", connector_width=33)

@@ -369,6 +369,22 @@ def test_plain_text(processor):
     assert processor.image_token_id not in encoded["input_ids"]
 
 
+def test_pictures_after_the_question(processor, tmp_path):
+    processor.image_place = "after"
+    processor.save_pretrained(tmp_path)
+    after = VLMambaProcessor.from_pretrained(tmp_path)
+    assert after.image_place == "after"
+    learned = after.encode_turns([("What is this?", "A cat"), ("Why?", "It purrs")], 1)["input_ids"]
+    asked = after.apply_chat_template([user(image_part(), "What is this?")], add_generation_prompt=True, tokenize=True)
+    assert learned[: len(asked)] == list(asked)
+    assert asked == after.encode_messages([user(image_part(), "What is this?")], add_generation_prompt=True)[0]
+    text = after.tokenizer.decode(learned)
+    assert text.index("What is this?\n<image>") < text.index(" ASSISTANT: A cat") < text.index("USER: Why?")
+    assert learned.count(after.image_token_id) == after.num_image_tokens
+    with pytest.raises(ValueError, match="image_place 'between'"):
+        VLMambaProcessor(processor.image_processor, processor.tokenizer, image_place="between")
+
+
 # ---------------------------------------------------------------------- saving
 
 

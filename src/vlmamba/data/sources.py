@@ -25,6 +25,8 @@ class ScenesConfig:
     """Most questions asked of one scene."""
     kinds: dict[str, float] | None = None
     """Weights of the kinds of picture; None: the world's own."""
+    again: bool = False
+    """Later epochs show the first one's scenes once more, in the same order, instead of new ones."""
     pictures: bool = True
     """False leaves the pictures out: what can be answered blind."""
 
@@ -119,12 +121,13 @@ class ScenesSource:
     """Scenes of the procedural world: captions, dense descriptions, conversations about them, plain text, or marks."""
 
     def __init__(self, config: ScenesConfig, size: int, weight: float = 1.0):
-        self.config = config
+        self.config, self.size = config, size
         self.world = World(config.seed, config.split, questions=config.questions, kinds=config.kinds)
         self.supply = Supply(size, weight, endless=True)
         self.name = Path(f"scenes-{config.seed}-{config.split}")
 
     def record(self, index: int) -> Record:
+        index = index % self.size if self.config.again else index
         name = f"scene-{self.config.seed}-{self.config.split}-{index}"
         what = self.config.what
         if what == "text":

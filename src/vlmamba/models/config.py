@@ -40,6 +40,7 @@ class VLMambaConfig(PreTrainedConfig):
             "forward" (row-major only).
         scan_weights: "shared": one Mamba layer for all orders; "per-order": convolution, x_proj, dt_proj, A, D and dt
             bias once per order, as VMamba has it.
+        connector_width: of the hidden layer of the MLP in "mlp" and "vss-mlp"; None: the language model's width.
         vision_layer: index into the vision model's hidden states; -2 is the output of the second-to-last block.
         vision_cls: keep the class token before the patches (CLIP only).
         image_token_id: id of the placeholder that stands for one patch.
@@ -55,6 +56,7 @@ class VLMambaConfig(PreTrainedConfig):
     connector: str = "vss-l2"
     scan: str = "bsm"
     scan_weights: str = "shared"
+    connector_width: int | None = None
     vision_layer: int = -2
     vision_cls: bool = False
     image_token_id: int = 50277
@@ -69,6 +71,11 @@ class VLMambaConfig(PreTrainedConfig):
         _expect("connector", self.connector, CONNECTORS)
         _expect("scan", self.scan, tuple(SCANS))
         _expect("scan_weights", self.scan_weights, SCAN_WEIGHTS)
+        if self.connector_width is not None and (self.connector == "vss-l2" or self.connector_width < 1):
+            raise ValueError(
+                f"connector_width={self.connector_width}: expected a number above 0, for connector mlp or vss-mlp "
+                f"(this is {self.connector})"
+            )
         if not isinstance(self.text_config, MambaConfig):
             raise ValueError(f"text_config must be a MambaConfig (model_type 'mamba'), got {type(self.text_config)}")
         self.tie_word_embeddings = self.text_config.tie_word_embeddings

@@ -80,14 +80,14 @@ class Connector(nn.Module):
     def __init__(self, config: VLMambaConfig):
         super().__init__()
         vision, width = (cast(Any, part).hidden_size for part in (config.vision_config, config.text_config))
-        self.kind = config.connector
+        self.kind, hidden = config.connector, config.connector_width or width
         shared = config.scan_weights == "shared"
         if self.kind == "mlp":
-            self.linear_in, self.linear_out = nn.Linear(vision, width), nn.Linear(width, width)
+            self.linear_in, self.linear_out = nn.Linear(vision, hidden), nn.Linear(hidden, width)
         elif self.kind == "vss-mlp":
             self.vss = VSS(vision, config.orders, shared)
             self.norm = nn.LayerNorm(vision)
-            self.linear_in, self.linear_out = nn.Linear(vision, width), nn.Linear(width, width)
+            self.linear_in, self.linear_out = nn.Linear(vision, hidden), nn.Linear(hidden, width)
         else:
             self.linear_in, self.linear_out = nn.Linear(vision, width), nn.Linear(width, width)
             self.vss = VSS(width, config.orders, shared)

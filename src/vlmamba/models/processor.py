@@ -26,6 +26,7 @@ from vlmamba.models.preparation import image_processor_class, load_image_process
 from vlmamba.models.template import PLACEHOLDER, Piece, message_pieces, pair_turns, turn_pieces
 
 IMAGE_MODES = ("crop", "pad")
+IMAGE_PLACES = ("before", "after")
 NO_LABEL = -100
 
 
@@ -40,6 +41,7 @@ class VLMambaProcessor(ProcessorMixin):
         image_mode: "pad", to a square with the mean colour (stage 2 and all use), or "crop", the image processor's own
             resize and crop (stage 1).
         image_token: the placeholder in raw text.
+        image_place: "before" or "after" the question it belongs to.
     """
 
     def __init__(
@@ -51,11 +53,15 @@ class VLMambaProcessor(ProcessorMixin):
         image_mode: str = "pad",
         image_token: str = PLACEHOLDER,
         chat_template: str | None = None,
+        image_place: str = "before",
     ) -> None:
         self.patch_size = patch_size
         self.vision_cls = vision_cls
         self.image_mode = _checked_mode(image_mode)
         self.image_token = image_token
+        if image_place not in IMAGE_PLACES:
+            raise ValueError(f"image_place {image_place!r} is unknown; expected one of {', '.join(IMAGE_PLACES)}")
+        self.image_place = image_place
         _prepare(tokenizer, image_token)
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -257,6 +263,7 @@ class VLMambaProcessor(ProcessorMixin):
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 begin=begin,
+                image_place=self.image_place,
             )
             for messages in (conversation if batched else [conversation])
         ]
@@ -272,7 +279,7 @@ class VLMambaProcessor(ProcessorMixin):
         """Chat messages as token ids (L,) in template v1, and their pictures as they were given, not opened.
 
         Options as `vlmamba.models.template.message_pieces` takes them."""
-        pieces, images = message_pieces(messages, **options)
+        pieces, images = message_pieces(messages, image_place=self.image_place, **options)
         return self._encode(pieces)[0], images
 
     def _inputs(
@@ -332,9 +339,9 @@ class VLMambaProcessor(ProcessorMixin):
         template: str = "v1",
         tokenise: Callable[[str], list[int]] | None = None,
     ) -> dict[str, list[int]]:
-        """(question, answer) pairs as input_ids and labels; the images stand before the first question. `tokenise`
+        """(question, answer) pairs as input_ids and labels; the images belong to the first question. `tokenise`
         stands in for the tokenizer and gives what it would: one that remembers words, for many texts."""
-        ids, labels = self._encode(turn_pieces(pairs, num_images, template), tokenise)
+        ids, labels = self._encode(turn_pieces(pairs, num_images, template, self.image_place), tokenise)
         return {"input_ids": ids, "labels": labels}
 
     def encode_text(self, text: str, tokenise: Callable[[str], list[int]] | None = None) -> dict[str, list[int]]:

@@ -6,6 +6,8 @@ is never parsed. The processor turns pieces into token ids.
 `plain` (stage 1): image, caption, end. `v1` (stage 2 and all use), as LLaVA-1.5 has it:
 
     SYSTEM USER: <image>\\nquestion ASSISTANT: answer<end>USER: question ASSISTANT: answer<end>
+
+With `image_place` "after": USER: question\\n<image> ASSISTANT: ...
 """
 
 from __future__ import annotations
@@ -33,8 +35,10 @@ IMAGE = Piece("image")
 END = Piece("end", learn=True)
 
 
-def turn_pieces(pairs: Sequence[tuple[str, str]], num_images: int, template: str) -> list[Piece]:
-    """Question and answer pairs as they are trained on; the images stand before the first question.
+def turn_pieces(
+    pairs: Sequence[tuple[str, str]], num_images: int, template: str, image_place: str = "before"
+) -> list[Piece]:
+    """Question and answer pairs as they are trained on; the images stand before the first question, or after it.
 
     Raises:
         ValueError: an unknown template, no pairs, an empty answer, or several pairs for `plain`.
@@ -52,7 +56,8 @@ def turn_pieces(pairs: Sequence[tuple[str, str]], num_images: int, template: str
         return [IMAGE] * num_images + [Piece("text", pairs[0][1].strip(), learn=True), END]
     pieces = [Piece("text", SYSTEM + " ")]
     for number, (question, answer) in enumerate(pairs):
-        pieces += _question(question, num_images if number == 0 else 0)
+        pieces += _question(question, num_images if number == 0 else 0, image_place)
+        pieces += [Piece("text", "ASSISTANT:")]
         pieces += _answer(answer)
     return pieces
 
@@ -90,14 +95,16 @@ def message_pieces(
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
     begin: bool = True,
+    image_place: str = "before",
 ) -> tuple[list[Piece], list[Any]]:
     """Chat messages (role, content) as pieces of template v1, and their images in reading order.
 
-    Within a user message the images come first, as in training; text parts are joined by newlines.
+    Within a user message the images stand together, where they do in training; text parts are joined by newlines.
 
     Args:
         begin: start with the system sentence (a system message replaces it). False for later turns of a conversation
             whose beginning the model has already read.
+        image_place: the images come before the text or after it.
 
     Raises:
         ValueError: what is not a message, a part or a role; a system message elsewhere than at the start.
@@ -116,7 +123,7 @@ def message_pieces(
                 raise ValueError(f"message {number + 1} has role 'system'; only the first of a conversation may")
         elif role == "user":
             images += found
-            pieces += [Piece("text", "USER: "), *_images(len(found)), Piece("text", text.strip() + " ")]
+            pieces += _question(text, len(found), image_place)
         else:
             pieces += [Piece("text", "ASSISTANT:"), *_answer(text)]
     if continue_final_message:
@@ -131,12 +138,13 @@ def message_pieces(
     return pieces, images
 
 
-def _question(text: str, num_images: int) -> list[Piece]:
-    return [Piece("text", "USER: "), *_images(num_images), Piece("text", text.strip() + " ASSISTANT:")]
-
-
-def _images(count: int) -> list[Piece]:
-    return [piece for _ in range(count) for piece in (IMAGE, Piece("text", "\n"))]
+def _question(text: str, num_images: int, image_place: str) -> list[Piece]:
+    asked, line = Piece("text", text.strip()), Piece("text", "\n")
+    if image_place == "after":
+        parts = [asked, *(piece for _ in range(num_images) for piece in (line, IMAGE))]
+    else:
+        parts = [*(piece for _ in range(num_images) for piece in (IMAGE, line)), asked]
+    return [Piece("text", "USER: "), *parts, Piece("text", " ")]
 
 
 def _answer(text: str) -> list[Piece]:

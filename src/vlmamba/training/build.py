@@ -21,13 +21,14 @@ from vlmamba.models.vision import VisionTower, build_vision_tower
 from vlmamba.models.vlm import VLMambaForConditionalGeneration
 from vlmamba.models.weights import load_language, load_vision
 from vlmamba.training.config import ConfigError, ModelConfig
+from vlmamba.training.contrastive import ContrastivePairs
 from vlmamba.training.patches import PatchReader
 
 STAGE = "stage:"
 MODEL_FOLDER = "model"
 """Where in its run folder a finished run keeps its model."""
 
-Model = VLMambaForConditionalGeneration | VLMambaForCausalLM | PatchReader
+Model = VLMambaForConditionalGeneration | VLMambaForCausalLM | PatchReader | ContrastivePairs
 
 
 NANO = "nano"
@@ -85,12 +86,17 @@ def build(config: ModelConfig, image_mode: str) -> tuple[Model, VLMambaProcessor
     tokenizer = _tokenizer(config)
     if config.language is None:
         tower, image_processor = _vision(config)
-        return PatchReader(tower), VLMambaProcessor(image_processor, tokenizer, tower.patch_size, image_mode=image_mode)
+        processor = VLMambaProcessor(image_processor, tokenizer, tower.patch_size, image_mode=image_mode)
+        if config.contrastive is not None:
+            return ContrastivePairs(tower, len(processor.tokenizer), config.contrastive), processor
+        return PatchReader(tower), processor
     language = _language(config.language, tokenizer)
     if config.vision is None:
         return language, _text_processor(tokenizer)
     tower, image_processor = _vision(config)
-    processor = VLMambaProcessor(image_processor, tokenizer, tower.patch_size, config.vision_cls, image_mode)
+    processor = VLMambaProcessor(
+        image_processor, tokenizer, tower.patch_size, config.vision_cls, image_mode, image_place=config.image_place
+    )
     model = VLMambaForConditionalGeneration(
         VLMambaConfig(
             vision_config=tower.config,
@@ -98,6 +104,7 @@ def build(config: ModelConfig, image_mode: str) -> tuple[Model, VLMambaProcessor
             connector=config.connector,
             scan=config.scan,
             scan_weights=config.scan_weights,
+            connector_width=config.connector_width,
             vision_layer=config.vision_layer,
             vision_cls=config.vision_cls,
             image_token_id=processor.image_token_id,
@@ -112,7 +119,7 @@ def build(config: ModelConfig, image_mode: str) -> tuple[Model, VLMambaProcessor
 def save(model: Model, processor: VLMambaProcessor, folder: Path, state: dict[str, torch.Tensor]) -> None:
     """Model and processor in one folder, as `from_pretrained` loads them; `state` holds the weights, by name. Of an
     encoder trained alone: the encoder as transformers keeps it, without the heads."""
-    if isinstance(model, PatchReader):
+    if isinstance(model, PatchReader | ContrastivePairs):
         encoder, prefix = model.vision_tower.model, "vision_tower.model."
         kept = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         encoder.save_pretrained(folder, state_dict=kept)

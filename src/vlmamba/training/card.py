@@ -8,6 +8,7 @@ import yaml
 from torch import nn
 
 from vlmamba.training.config import RunConfig, to_mapping
+from vlmamba.training.contrastive import ContrastivePairs
 from vlmamba.training.patches import PatchReader
 
 _USE = """\
@@ -58,7 +59,7 @@ def write_card(folder: Path, model: nn.Module, config: RunConfig, seconds: float
 
 def _kind(model: nn.Module) -> tuple[str, str, str]:
     """What a model is, its tag on the Hub, and how it is loaded."""
-    if isinstance(model, PatchReader):
+    if isinstance(model, PatchReader | ContrastivePairs):
         return "Vision encoder", "image-feature-extraction", _USE_ENCODER
     if hasattr(model, "vision_tower"):
         return "VL-Mamba", "image-text-to-text", _USE

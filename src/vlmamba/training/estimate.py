@@ -17,6 +17,7 @@ from vlmamba.data.scenes import FIELDS
 from vlmamba.models.connector import VSS
 from vlmamba.training.build import Model
 from vlmamba.training.config import PARTS, ConfigError, RunConfig
+from vlmamba.training.contrastive import MOST, ContrastivePairs
 from vlmamba.training.lora import add_adapters
 from vlmamba.training.optimizer import freeze, part_of
 from vlmamba.training.outline import outline
@@ -150,7 +151,7 @@ class _Memory:
         self.world = world
         self.shards = world if config.parallel == "fsdp" else 1
         self.sizes = {name: (p.numel(), p.requires_grad, p.ndim) for name, p in model.named_parameters()}
-        self.text: Any = None if isinstance(model, PatchReader) else model.config.get_text_config()
+        self.text: Any = model.config.get_text_config() if hasattr(model, "config") else None
         self.learns = {part_of(name) for name, (_, trained, _) in self.sizes.items() if trained}
 
     def peak(self, tokens: int, images: int) -> dict[str, float]:
@@ -248,6 +249,8 @@ class _Memory:
         """Logits of all patches, once more in float32, and their gradients."""
         if self.text is not None:
             return 0.0
+        if isinstance(self.model, ContrastivePairs):  # pictures by texts, and by each of the words that are compared
+            return float(images * images * (5 * 4 + MOST))
         return float(images * self.model.vision_tower.num_tokens * self.model.heads.out_features * (2 * self.b + 8))
 
 

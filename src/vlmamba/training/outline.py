@@ -17,6 +17,7 @@ from vlmamba.models.vlm import VLMambaForConditionalGeneration
 from vlmamba.models.weights import language_config, read_config
 from vlmamba.training.build import NANO, STAGE, Model
 from vlmamba.training.config import ConfigError, ModelConfig, RunConfig
+from vlmamba.training.contrastive import ContrastivePairs
 from vlmamba.training.patches import PatchReader
 
 
@@ -58,7 +59,10 @@ def outline(config: ModelConfig, earlier: Mapping[str, RunConfig] | None = None)
     if config.path is None and config.language is None:
         vision = _vision(config.vision, earlier or {})
         with torch.device("meta"):
-            return PatchReader(build_vision_tower(vision, config.vision_layer, config.vision_cls))
+            tower = build_vision_tower(vision, config.vision_layer, config.vision_cls)
+            if config.contrastive is not None:
+                return ContrastivePairs(tower, _entries(config.tokenizer), config.contrastive)
+            return PatchReader(tower)
     found = _whole(config, earlier or {})
     with torch.device("meta"):
         if isinstance(found, VLMambaConfig):
@@ -79,6 +83,7 @@ def _whole(config: ModelConfig, earlier: Mapping[str, RunConfig]) -> VLMambaConf
         connector=config.connector,
         scan=config.scan,
         scan_weights=config.scan_weights,
+        connector_width=config.connector_width,
         vision_layer=config.vision_layer,
         vision_cls=config.vision_cls,
         image_token_id=language.vocab_size - 1,
