@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from vlmamba.training import build, launch, run
 from vlmamba.training.launch import make_feed
 from vlmamba.training.metrics import read_metrics
 from vlmamba.training.parallel import World, _Loss, shard
-from vlmamba.training.step import Step
 
 # The dataset's one sample without an image is alone in its micro-batch: one of two processes then has none.
 BASE: dict[str, Any] = {"optim": {"micro_batch": 1, "global_batch": 4, "max_steps": 4}, "checkpoint": {"every": 2}}
@@ -98,7 +96,7 @@ def test_small_parameters_stay_wide_in_bf16(recipe) -> None:
     """In storage, as the forward pass sees them, in gradient and moment; and every part is cut."""
     config = recipe()
     model, processor = build.build(config.model, "pad")
-    launch.freeze(model, config.stage)
+    step = launch.make_step(model, processor, config, torch.device("cpu"))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     seen: dict[str, set[torch.dtype]] = {"ssm": set(), "in_proj": set()}
     try:
@@ -109,10 +107,7 @@ def test_small_parameters_stay_wide_in_bf16(recipe) -> None:
         mixer.ssm.register_forward_hook(lambda module, _, out: seen["ssm"].update(t.dtype for t in out))
         mixer.in_proj.register_forward_hook(lambda module, *_: seen["in_proj"].add(module.weight.dtype))
         batch = next(make_feed(config, processor, torch.device("cpu")).batches())[0]
-        step = SimpleNamespace(
-            device=torch.device("cpu"), normalise=processor.normalise, counts_labels=True, image_size=None
-        )
-        inputs = Step.inputs(step, batch)
+        inputs = step.inputs(batch)
         with torch.autocast("cpu", torch.bfloat16):
             loss = whole(None, **inputs, use_cache=False)
         loss.backward()
