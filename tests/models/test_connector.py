@@ -130,5 +130,5 @@ def test_width_of_the_mlp(kind: str) -> None:
 
 
 def test_vss_l2_has_no_width_of_its_own() -> None:
-    with pytest.raises(ValueError, match="connector_width=33: .* for connector mlp or vss-mlp"):
+    with pytest.raises(ValueError, match=r"connector_width=33: .* for connector mlp or vss-mlp"):
         config(connector="vss-l2", connector_width=33)
