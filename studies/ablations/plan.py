@@ -1,0 +1,214 @@
+"""What is compared: the variants of each axis, how much of everything a run gets, and the recipe of each of its stages.
+
+Recipes are the nano model's own with other values in a few places; nothing here trains or measures.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlmamba.training.config import RunConfig, load_config
+
+HERE = Path(__file__).parent
+TOKENIZER = "tokenizer"
+MATCHED = 1112
+"""Hidden width at which `mlp` has the parameters of `vss-l2` (571 thousand, for an encoder and a language model both of
+width 256); `vss-mlp` has them by itself."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything. Every stage ends by steps, not by time, so that runs read the same tokens.
+
+    pictures: that each encoder of stage 0 sees. text: steps of the language model's stage 0. align, instruct: steps of
+    stages 1 and 2, of `batch` samples. benchmark: pictures of each benchmark. questions, control, probe: asked of the
+    skills, without or with shuffled pictures, and of tables. vision, language: fields that replace those of the parts.
+    """
+
+    pictures: int = 1_920_000
+    text: int = 600
+    align: int = 500
+    instruct: int = 2000
+    batch: int = 64
+    benchmark: int = 200
+    questions: int = 3000
+    control: int = 1000
+    probe: int = 1000
+    samples: int = 20_000
+    longest: int = 64
+    vision: dict[str, Any] = field(default_factory=dict)
+    language: dict[str, Any] = field(default_factory=dict)
+
+
+FULL = Scale()
+TOY = Scale(
+    pictures=4,
+    text=1,
+    align=1,
+    instruct=2,
+    batch=2,
+    benchmark=1,
+    questions=6,
+    control=2,
+    probe=4,
+    samples=40,
+    longest=2,
+    vision={
+        "image_size": 128, "patch_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    },
+    language={"hidden_size": 32, "num_hidden_layers": 1},
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a comparison: the baseline with some things changed.
+
+    model: fields of the recipe's `model` section. stage2: other values of stage 2's recipe. steps: times as many of
+    them. encoder, language: which of stage 0's. reference: the variant it is held against. same_data: it must see the
+    same samples as its reference, in the same order.
+    """
+
+    name: str
+    axis: str
+    what: str
+    model: dict[str, Any] = field(default_factory=dict)
+    stage2: dict[str, Any] = field(default_factory=dict)
+    steps: int = 1
+    align: bool = True
+    encoder: str = "patches"
+    language: str = "language"
+    reference: str = "baseline"
+    same_data: bool = True
+
+
+_ONE = {"data.0.scenes.questions": 1}
+VARIANTS = (
+    Variant("baseline", "all", "patches, base language model, vss-l2, bsm shared, stages 1 and 2"),
+    Variant("mlp", "connector", "mlp, as many parameters", {"connector": "mlp", "connector_width": MATCHED}),
+    Variant("vss-mlp", "connector", "vss-mlp", {"connector": "vss-mlp"}),
+    Variant("mlp-narrow", "connector", "mlp, the paper's width", {"connector": "mlp"}),
+    Variant("csm", "scan", "csm, shared", {"scan": "csm"}),
+    Variant("forward", "scan", "forward only", {"scan": "forward"}),
+    Variant("bsm-per-order", "scan", "bsm, weights per order", {"scan_weights": "per-order"}),
+    Variant("csm-per-order", "scan", "csm, weights per order", {"scan": "csm", "scan_weights": "per-order"}),
+    Variant("language-half", "language", "half the blocks", language="language-half"),
+    Variant("language-longer", "language", "three times the text in stage 0b", language="language-longer"),
+    Variant("clip", "encoder", "contrastive, softmax (CLIP)", encoder="clip"),
+    Variant("siglip", "encoder", "contrastive, sigmoid (SigLIP)", encoder="siglip"),
+    Variant("before", "picture", "one question, picture before it", {}, _ONE, steps=2, same_data=False),
+    Variant("after", "picture", "one question, picture after it", {"image_place": "after"}, _ONE, steps=2,
+            reference="before"),
+    Variant("no-stage-1", "stages", "stage 2 alone", align=False),
+    Variant("two-epochs", "stages", "stage 2 twice over its data", {}, {"data.0.scenes.again": True}, steps=2,
+            same_data=False),
+    Variant("half-twice", "stages", "half the data, twice", {}, {"data.0.scenes.again": True, "data.0.size": 0.5},
+            same_data=False),
+)  # fmt: skip
+AXES = tuple(dict.fromkeys(v.axis for v in VARIANTS if v.axis != "all"))
+BY_NAME = {variant.name: variant for variant in VARIANTS}
+STAGE_0 = ("patches", "language", "language-half", "language-longer", "clip", "siglip")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where everything is and how much of it there is. `workers`: processes that draw scenes for one run.
+
+    OUTPUT/stage0/        tokenizer, encoders and language models, bf16; with results/ all that a later sitting needs
+    OUTPUT/results/       one file for each finished run
+    OUTPUT/benchmarks/    the eight scene benchmarks
+    OUTPUT/work/, logs/   runs that are under way, and what every task said
+    """
+
+    output: Path
+    scale: Scale = FULL
+    workers: int = 14
+    device: str = "auto"
+
+    def stage0(self, name: str) -> Path:
+        return self.output / "stage0" / name
+
+    def result(self, name: str, seed: int) -> Path:
+        return self.output / "results" / f"{name}-{seed}.json"
+
+    def work(self, name: str) -> Path:
+        return self.output / "work" / name
+
+    @property
+    def benchmarks(self) -> Path:
+        return self.output / "benchmarks"
+
+
+def encoder_recipe(study: Study, name: str) -> RunConfig:
+    """Stage 0 of an encoder: `patches`, `clip` or `siglip`."""
+    values: dict[str, Any] = {"model.tokenizer": str(study.stage0(TOKENIZER))}
+    if study.scale.vision:
+        values["model.vision"] = study.scale.vision
+    if name == "patches":
+        batch = min(128, study.scale.pictures)
+        return _recipe("nano/0a-vision", study, name, study.scale.pictures // batch, batch, values)
+    batch = min(256, study.scale.pictures)
+    values["model.contrastive"] = {"clip": "softmax", "siglip": "sigmoid"}[name]
+    file = str(HERE / "0a-contrastive.yaml")
+    # Rows of as many lengths as there are texts would need as many graphs.
+    return _recipe(file, study, name, study.scale.pictures // batch, batch, values | {"optim.capture": False})
+
+
+def language_recipe(study: Study, name: str) -> RunConfig:
+    """Stage 0 of a language model: `language`, or with half the blocks, or on three times the text."""
+    blocks = {"language-half": 3}.get(name, 6)
+    sizes = {"hidden_size": 256, "num_hidden_layers": blocks, "state_size": 16} | study.scale.language
+    steps = study.scale.text * (3 if name == "language-longer" else 1)
+    batch = min(512, 8 * study.scale.batch)
+    values = {"model.tokenizer": str(study.stage0(TOKENIZER)), "model.language": sizes, "optim.capture": False}
+    return _recipe("nano/0b-language", study, name, steps, batch, values)
+
+
+def align_recipe(study: Study, variant: Variant, seed: int) -> RunConfig:
+    """Stage 1 of a run."""
+    values = {"model": _parts(study, variant), "seed": seed, "data.0.scenes.seed": 4000 + seed}
+    scale = study.scale
+    return _recipe("nano/1-align", study, f"{variant.name}-{seed}/1-align", scale.align, scale.batch, values)
+
+
+def instruct_recipe(study: Study, variant: Variant, seed: int) -> RunConfig:
+    """Stage 2 of a run. An epoch is as many scenes as a run of the usual length reads."""
+    name, scale = f"{variant.name}-{seed}", study.scale
+    values: dict[str, Any] = {"model": _parts(study, variant), "seed": seed, "data.0.scenes.seed": 5000 + seed}
+    if variant.align:
+        values["model"] = {"path": str(study.work(name) / "1-align/model")}
+    size = scale.instruct * scale.batch
+    values |= variant.stage2
+    values["data.0.size"] = round(size * variant.stage2.get("data.0.size", 1))
+    steps = scale.instruct * variant.steps
+    return _recipe("nano/2-instruct", study, f"{name}/2-instruct", steps, scale.batch, values)
+
+
+def _parts(study: Study, variant: Variant) -> dict[str, Any]:
+    return {
+        "tokenizer": str(study.stage0(TOKENIZER)),
+        "vision": str(study.stage0(variant.encoder)),
+        "language": str(study.stage0(variant.language)),
+        "vision_layer": -1,
+    } | variant.model
+
+
+def _recipe(file: str, study: Study, name: str, steps: int, batch: int, values: dict[str, Any]) -> RunConfig:
+    common = {
+        "optim.global_batch": batch,
+        "optim.micro_batch": batch,
+        "optim.max_steps": steps,
+        "optim.time_budget": None,
+        "optim.capture": True,
+        "workers": study.workers,
+        "device": study.device,
+        "checkpoint.every": 1000,
+        "logging.every": max(1, steps // 20),
+        "logging.tensorboard": False,
+    }
+    assignments = [f"{key}={json.dumps(value)}" for key, value in (common | values).items()]
+    return load_config(file, assignments, output=str(study.work(name)))

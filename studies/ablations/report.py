@@ -1,0 +1,257 @@
+"""Tables and plots of the finished runs: means, standard errors over seeds, and paired differences from a reference.
+
+A difference is taken seed by seed (same samples in the same order). Its error rests on the spread of such differences,
+pooled over all variants: three seeds of one alone would tell little.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+from xml.sax.saxutils import escape
+
+from studies.ablations.plan import AXES, BY_NAME, VARIANTS
+from vlmamba.evaluation import TASKS
+
+Row = Mapping[str, Any]
+Metric = Callable[[Row], float | None]
+CLEAR = 2.6
+"""Errors beyond which a difference is printed in bold: one in a hundred by chance, and there are many comparisons."""
+
+
+def benchmark(name: str) -> Metric:
+    """A benchmark's headline; MME's 2,000 points as percent."""
+
+    def of(row: Row) -> float | None:
+        value = row["benchmarks"].get(name, {}).get("score")
+        return value if name != "mme" or value is None else value / 20
+
+    return of
+
+
+def group(*path: str) -> Metric:
+    """An accuracy anywhere in a result, by its keys."""
+
+    def of(row: Row) -> float | None:
+        here: Any = row
+        for key in path:
+            here = here.get(key, {})
+        return here.get("accuracy")
+
+    return of
+
+
+def average(row: Row) -> float | None:
+    """Of the eight benchmarks."""
+    values = [value for name in TASKS if (value := benchmark(name)(row)) is not None]
+    return mean(values) if values else None
+
+
+HEADLINES: dict[str, Metric] = {
+    **{task.title: benchmark(name) for name, task in TASKS.items()},
+    "mean of 8": average,
+    "skills": group("skills", "all"),
+}
+
+
+class Findings:
+    """Results by variant and seed."""
+
+    def __init__(self, results: Sequence[Row]):
+        self.rows = {(row["variant"], row["seed"]): row for row in results}
+        self.names = [v.name for v in VARIANTS if any(name == v.name for name, _ in self.rows)]
+
+    def values(self, name: str, metric: Metric) -> dict[int, float]:
+        """By seed."""
+        found = {seed: metric(row) for (variant, seed), row in self.rows.items() if variant == name}
+        return {seed: value for seed, value in found.items() if value is not None and not math.isnan(value)}
+
+    def differences(self, name: str, metric: Metric) -> list[float]:
+        """From the reference, seed by seed."""
+        own, other = self.values(name, metric), self.values(BY_NAME[name].reference, metric)
+        return [own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]
+
+    def spread(self, metric: Metric) -> float | None:
+        """Standard deviation of a difference from seed to seed, pooled over variants."""
+        squares, freedom = 0.0, 0
+        for name in self.names:
+            if name != BY_NAME[name].reference and len(of := self.differences(name, metric)) > 1:
+                squares += sum((value - mean(of)) ** 2 for value in of)
+                freedom += len(of) - 1
+        return math.sqrt(squares / freedom) if freedom else None
+
+    def difference(self, name: str, metric: Metric) -> tuple[float, float] | None:
+        """Mean and standard error."""
+        of, spread = self.differences(name, metric), self.spread(metric)
+        if not of or spread is None or name == BY_NAME[name].reference:
+            return None
+        return mean(of), spread / math.sqrt(len(of))
+
+
+def close(results: Sequence[Row], points: float) -> list[str]:
+    """Variants whose skills differ from their reference's by less than so many points."""
+    found = Findings(results)
+    of = {name: found.difference(name, HEADLINES["skills"]) for name in found.names}
+    return [name for name, value in of.items() if value is not None and abs(value[0]) < points]
+
+
+def write(results: Sequence[Row], folder: Path, toy: bool = False) -> Path:
+    """study-results.md with its plots; returns the page."""
+    found = Findings(results)
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / "study-results.md"
+    page.write_text("\n".join(_lines(found, folder, toy)) + "\n", encoding="utf-8")
+    return page
+
+
+def _lines(found: Findings, folder: Path, toy: bool) -> Iterator[str]:
+    scale = next(iter(found.rows.values()))["scale"]
+    devices = sorted({row["versions"]["device"] for row in found.rows.values()})
+    seconds = sum(row["train_seconds"] + row["measure_seconds"] for row in found.rows.values())
+    yield "# Results of the study"
+    yield "\nWritten by `python -m studies.ablations`; [the study](study.md) says what is compared.\n"
+    if toy:
+        yield "**A toy: the command's rehearsal, with models that learned nothing. The numbers mean nothing.**\n"
+    yield (
+        f"{len(found.rows)} runs of {scale['align']:,} + {scale['instruct']:,} steps of {scale['batch']} samples, "
+        f"{seconds / 60:.0f} minutes together on {', '.join(devices)}. Means with standard errors over seeds. "
+        "Differences from the baseline (or the variant named in brackets) are taken seed by seed, their errors from the "
+        f"spread of such differences pooled over all variants; bold: more than {CLEAR} errors from nothing. MME's points "
+        "are given as percent of 2,000; MM-Vet, which needs a judge, as F1 of the words.\n"
+    )
+    for axis in AXES:
+        names = [n for n in found.names if BY_NAME[n].axis == axis]
+        if not names:
+            continue
+        references = [n for n in found.names if n in {BY_NAME[name].reference for name in names} and n not in names]
+        yield f"## {axis}\n"
+        yield from _table(found, references + names)
+        picture = folder / f"study-{axis}.svg"
+        picture.write_text(forest(found, names), encoding="utf-8")
+        yield f"\n![{axis}: differences from the reference]({picture.name})\n"
+        yield from _skills(found, references + names)
+    yield from _controls(found)
+    yield from _errors(found)
+
+
+def _table(found: Findings, names: Sequence[str]) -> Iterator[str]:
+    yield "| | parameters | of the connector | seeds | " + " | ".join(HEADLINES) + " |"
+    yield "|---|---|---|---|" + "---|" * len(HEADLINES)
+    for name in names:
+        row = next(row for (variant, _), row in found.rows.items() if variant == name)
+        seeds = sum(variant == name for variant, _ in found.rows)
+        cells = [_of_seeds(found.values(name, metric)) for metric in HEADLINES.values()]
+        sizes = f"{row['parameters']:,} | {row['connector_parameters']:,}"
+        yield f"| {BY_NAME[name].what} | {sizes} | {seeds} | " + " | ".join(cells) + " |"
+    for name in names:
+        reference = BY_NAME[name].reference
+        differences = [found.difference(name, metric) for metric in HEADLINES.values()]
+        if not any(differences):
+            continue
+        to = "" if reference == "baseline" else f" (from {reference})"
+        yield f"| *difference, {BY_NAME[name].what}{to}* | | | | " + " | ".join(map(_signed, differences)) + " |"
+
+
+def _skills(found: Findings, names: Sequence[str]) -> Iterator[str]:
+    skills = list(dict.fromkeys(s for n, _ in found.rows for s in found.rows[n, _]["skills"] if n in names))
+    yield "| skill | " + " | ".join(names) + " |"
+    yield "|---|" + "---|" * len(names)
+    for skill in skills:
+        cells = [_of_seeds(found.values(name, group("skills", skill))) for name in names]
+        yield f"| {skill} | " + " | ".join(cells) + " |"
+    yield ""
+
+
+def _controls(found: Findings) -> Iterator[str]:
+    yield "## Controls and the retrieval probe\n"
+    columns: dict[str, Metric] = {
+        "with the picture": group("controls", "picture"),
+        "patches shuffled": group("controls", "shuffled"),
+        "no picture": group("controls", "none"),
+    }
+    for by, title in (("rows", "of {} rows"), ("row", "row {}")):
+        keys = sorted({key for row in found.rows.values() for key in row["probe"][by]}, key=int)
+        columns |= {title.format(key): group("probe", by, key) for key in keys}
+    yield "Skills on the same questions, and accuracy in looking up a row of a table by one of its cells.\n"
+    yield "| | " + " | ".join(columns) + " |"
+    yield "|---|" + "---|" * len(columns)
+    for name in found.names:
+        yield (
+            f"| {BY_NAME[name].what} | " + " | ".join(_of_seeds(found.values(name, m)) for m in columns.values()) + " |"
+        )
+    yield ""
+
+
+def _errors(found: Findings) -> Iterator[str]:
+    row = found.rows.get(("baseline", 0))
+    if row is None:
+        return
+    scale = {"mme": 1 / 20}
+    cells = [
+        f"{TASKS[name].title} {value['error'] * scale.get(name, 1):.1f}"
+        for name, value in row["benchmarks"].items()
+        if value["error"] is not None
+    ]
+    yield "## What seeds do not show\n"
+    yield (
+        "All runs answer the same questions; others would move all of them. The standard error of that, "
+        f"in one run of the baseline: {', '.join(cells)}, skills {row['skills']['all']['error']:.1f}. Much of it is "
+        "common to two variants and cancels in their difference."
+    )
+
+
+def _of_seeds(values: Mapping[int, float]) -> str:
+    of = list(values.values())
+    if not of:
+        return "-"
+    return f"{mean(of):.1f}" + (f" ± {stdev(of) / math.sqrt(len(of)):.1f}" if len(of) > 1 else "")
+
+
+def _signed(of: tuple[float, float] | None) -> str:
+    if of is None:
+        return ""
+    text = f"{of[0]:+.1f} ± {of[1]:.1f}"
+    return f"**{text}**" if abs(of[0]) > CLEAR * of[1] else text
+
+
+def forest(found: Findings, names: Sequence[str]) -> str:
+    """SVG: one line a headline and variant, its difference with two standard errors to either side."""
+    colours = ("#2a6fb0", "#c97b58", "#6aa36a", "#8a6bb0", "#9a9a9a")
+    marks = [
+        (row, i, of)
+        for row, metric in enumerate(HEADLINES.values())
+        for i, name in enumerate(names)
+        if (of := found.difference(name, metric)) is not None
+    ]
+    reach = max([abs(of[0]) + 2 * of[1] for *_, of in marks] + [1.0])
+    step, left, width = 8 * len(names) + 12, 110, 560
+    height = 30 + step * len(HEADLINES) + 34
+
+    def x(value: float) -> float:
+        return left + width / 2 * (1 + value / reach)
+
+    parts = ['<rect width="100%" height="100%" fill="white"/>']
+    place = float(left)
+    for i, name in enumerate(names):
+        parts.append(f'<rect x="{place:.0f}" y="9" width="10" height="10" fill="{colours[i % 5]}"/>')
+        parts.append(f'<text x="{place + 14:.0f}" y="18">{escape(name)}</text>')
+        place += 30 + 6.5 * len(name)
+    for tick in (-reach, -reach / 2, 0.0, reach / 2, reach):
+        line = f'x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="28" y2="{height - 32}"'
+        parts.append(f'<line {line} stroke="{"#555" if tick == 0 else "#ddd"}"/>')
+        parts.append(f'<text x="{x(tick):.1f}" y="{height - 18}" text-anchor="middle">{tick:+.1f}</text>')
+    parts.append(f'<text x="{x(0):.1f}" y="{height - 4}" text-anchor="middle">points, two standard errors</text>')
+    for row, title in enumerate(HEADLINES):
+        parts.append(f'<text x="{left - 8}" y="{30 + step * row + step / 2 + 4:.1f}" text-anchor="end">{title}</text>')
+    for row, i, (value, error) in marks:
+        y = 30 + step * row + 10 + 8 * i
+        ends = f'x1="{x(value - 2 * error):.1f}" x2="{x(value + 2 * error):.1f}" y1="{y}" y2="{y}"'
+        parts.append(f'<line {ends} stroke="{colours[i % 5]}" stroke-width="2"/>')
+        parts.append(f'<circle cx="{x(value):.1f}" cy="{y}" r="3" fill="{colours[i % 5]}"/>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 30}" height="{height}" '
+        f'viewBox="0 0 {left + width + 30} {height}" font-family="sans-serif" font-size="11">{"".join(parts)}</svg>\n'
+    )
