@@ -56,10 +56,14 @@ def measure(study: Study, model: Path, scratch: Path) -> dict[str, Any]:
 
 def benchmarks(answerer: ModelAnswerer, study: Study, scratch: Path) -> dict[str, dict[str, float | None]]:
     """Headline and its standard error by benchmark. MM-Vet, whose headline is a judge's, gets the F1 of the words."""
+
+    def has(task: Task) -> bool:
+        return not task.annotations(folder_of(task, study.benchmarks))
+
     found = {}
     for result in evaluate(
         answerer,
-        [_brief(task, study.scale.longest) for task in TASKS.values() if folder_of(task, study.benchmarks).is_dir()],
+        [_brief(task, study.scale.longest) for task in TASKS.values() if has(task)],
         study.benchmarks,
         scratch,
         variants=WITHOUT_OCR,

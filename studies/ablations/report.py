@@ -118,9 +118,9 @@ def _lines(found: Findings, folder: Path, toy: bool) -> Iterator[str]:
     yield (
         f"{len(found.rows)} runs of {scale['align']:,} + {scale['instruct']:,} steps of {scale['batch']} samples, "
         f"{seconds / 60:.0f} minutes together on {', '.join(devices)}. Means with standard errors over seeds. "
-        "Differences from the baseline (or the variant named in brackets) are taken seed by seed, their errors from the "
-        f"spread of such differences pooled over all variants; bold: more than {CLEAR} errors from nothing. MME's points "
-        "are given as percent of 2,000; MM-Vet, which needs a judge, as F1 of the words.\n"
+        "Differences from the baseline (or the variant named in brackets) are taken seed by seed; their errors are "
+        f"from the spread of such differences, pooled over all variants. Bold: more than {CLEAR} errors from nothing. "
+        "MME: percent of 2,000 points. MM-Vet, which needs a judge: F1 of the words.\n"
     )
     for axis in AXES:
         names = [n for n in found.names if BY_NAME[n].axis == axis]

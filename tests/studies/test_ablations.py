@@ -1,0 +1,189 @@
+"""The ablation study: its recipes, its arithmetic, its refusals, and a rehearsal on the CPU."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import MambaConfig, SiglipVisionConfig
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from studies.ablations.__main__ import main, tasks
+from studies.ablations.plan import BY_NAME, MATCHED, TOY, VARIANTS, Study, align_recipe, instruct_recipe
+from studies.ablations.report import Findings, close, group, write
+from studies.ablations.schedule import Task, do_all
+from studies.ablations.work import execute, finished, results
+from vlmamba.models.config import VLMambaConfig
+from vlmamba.models.connector import Connector
+from vlmamba.training.config import to_mapping
+
+
+def test_runs_read_as_many_samples_in_the_same_order() -> None:
+    study = Study(Path("runs/study"))
+    base = instruct_recipe(study, BY_NAME["baseline"], 2)
+    for variant in VARIANTS:
+        recipe = instruct_recipe(study, variant, 2)
+        reference = instruct_recipe(study, BY_NAME[variant.reference], 2)
+        assert recipe.optim.max_steps == variant.steps * (base.optim.max_steps or 0)
+        assert recipe.optim.time_budget is None
+        assert recipe.seed == base.seed
+        if variant.same_data:
+            assert (recipe.data, recipe.optim) == (reference.data, reference.optim), variant.name
+        assert (recipe.model.path is not None) == variant.align
+        align = align_recipe(study, variant, 2)
+        assert align.data == align_recipe(study, BY_NAME["baseline"], 2).data
+    assert base.data != instruct_recipe(study, BY_NAME["baseline"], 1).data
+    assert instruct_recipe(study, BY_NAME["half-twice"], 0).data[0].size == 64 * 2000 // 2
+
+
+def test_connectors_have_as_many_parameters() -> None:
+    vision = SiglipVisionConfig(hidden_size=256, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    text = MambaConfig(hidden_size=256, num_hidden_layers=1, vocab_size=32)
+    sizes = {}
+    for name in ("mlp", "vss-mlp", "vss-l2"):
+        width = MATCHED if name == "mlp" else None
+        with torch.device("meta"):
+            made = Connector(
+                VLMambaConfig(vision_config=vision, text_config=text, connector=name, connector_width=width)
+            )
+        sizes[name] = sum(p.numel() for p in made.parameters())
+    assert sizes["vss-mlp"] == sizes["vss-l2"]
+    assert sizes["mlp"] == pytest.approx(sizes["vss-l2"], rel=2e-3)
+
+
+def test_every_task_stands_after_what_it_needs() -> None:
+    seen: set[str] = set()
+    for task in tasks(VARIANTS, 3):
+        assert set(task.needs) <= seen
+        seen.add(task.name)
+    assert len(seen) == 1 + 6 + 3 * len(VARIANTS)
+
+
+def result(variant: str, seed: int, skills: float, data: str = "d") -> dict[str, Any]:
+    accuracy = {"accuracy": skills, "error": 1.0, "questions": 10}
+    return {
+        "variant": variant,
+        "seed": seed,
+        "scale": to_mapping(TOY),
+        "data": data,
+        "stage0": {"patches": "a", "language": "b"},
+        "versions": {"device": "cpu"},
+        "train_seconds": 1.0,
+        "measure_seconds": 1.0,
+        "connector_parameters": 10,
+        "parameters": 20,
+        "benchmarks": {"gqa": {"score": skills / 2, "error": 1.0}, "mmvet": {"score": None, "error": None}},
+        "skills": {"all": accuracy},
+        "controls": dict.fromkeys(("picture", "shuffled", "none"), accuracy),
+        "probe": {"rows": {"3": accuracy}, "row": {"1": accuracy}},
+    }
+
+
+ROWS = [
+    *(result("baseline", seed, value) for seed, value in enumerate((50.0, 52.0, 54.0))),
+    *(result("mlp", seed, value) for seed, value in enumerate((46.0, 47.0, 48.0))),
+    *(result("csm", seed, value) for seed, value in enumerate((51.0, 54.0, 54.0))),
+]
+
+
+def test_differences_are_paired_and_their_spread_is_pooled() -> None:
+    found, skills = Findings(ROWS), group("skills", "all")
+    assert found.differences("mlp", skills) == [-4.0, -5.0, -6.0]
+    spread = math.sqrt((2.0 + 2.0) / 4)  # two variants, squares of 2 each about their means, two degrees each
+    assert found.spread(skills) == pytest.approx(spread)
+    assert found.difference("mlp", skills) == pytest.approx((-5.0, spread / math.sqrt(3)))
+    assert found.difference("baseline", skills) is None
+    assert close(ROWS, 2.0) == ["csm"]
+
+
+def test_report(tmp_path: Path) -> None:
+    page = write(ROWS, tmp_path).read_text()
+    assert "| 52.0 ± 1.2 |" in page
+    assert "**-5.0 ± 0.6**" in page  # skills
+    assert "+1.0 ± 0.6 |" in page
+    assert "mean of 8" in page
+    assert "POPE 0" not in page
+    for axis in ("connector", "scan"):
+        assert f"(study-{axis}.svg)" in page
+        assert (tmp_path / f"study-{axis}.svg").read_text().count("<circle") == 3
+    assert not (tmp_path / "study-encoder.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (result("mlp", 0, 1.0, data="other"), "saw other samples than baseline"),
+        (result("mlp", 0, 1.0) | {"scale": {"batch": 3}}, "another scale"),
+        (result("mlp", 0, 1.0) | {"stage0": {"patches": "c"}}, "stands on another patches"),
+    ],
+)
+def test_runs_that_cannot_be_compared(tmp_path: Path, row: dict[str, Any], told: str) -> None:
+    study = Study(tmp_path, TOY)
+    (tmp_path / "results").mkdir()
+    for one in (ROWS[0], row):
+        study.result(one["variant"], 0).write_text(json.dumps(one))
+    with pytest.raises(ValueError, match=told):
+        results(study)
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """Two runs, in this process."""
+    study = Study(tmp_path_factory.mktemp("study"), TOY, workers=0, device="cpu")
+    for task in ("prepare", "clip", "patches", "language", "before-0", "after-0"):
+        assert not finished(study, task)
+        execute(study, task)
+        assert finished(study, task)
+    return study
+
+
+def test_a_run_leaves_one_small_file(rehearsed: Study) -> None:
+    before, after = results(rehearsed)[::-1]
+    assert (before["variant"], after["variant"]) == ("before", "after")
+    assert before["data"] == after["data"]
+    assert set(before["benchmarks"]) >= {"vqav2", "gqa", "scienceqa", "textvqa", "mme", "mmbench", "mmvet"}
+    assert all(value["score"] is not None for value in before["benchmarks"].values())
+    assert set(before["controls"]) == {"picture", "shuffled", "none"}
+    assert sum(group["questions"] for group in before["probe"]["row"].values()) == TOY.probe
+    assert list(before["losses"]) == ["1-align", "2-instruct"]
+    assert not any((rehearsed.output / "work").iterdir())
+    assert rehearsed.result("after", 0).stat().st_size < 20_000
+
+
+def test_what_is_left_undone_is_told(rehearsed: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that needs what is not there, and a sitting that is over before it begins."""
+
+    def done(task: str) -> bool:
+        return finished(rehearsed, task)
+
+    given = [Task("baseline-0", ("prepare",)), Task("siglip-0", ("siglip",))]
+    assert do_all(rehearsed, given, done, [None], deadline=time.monotonic() - 1) == []
+    assert "for another sitting: baseline-0, siglip-0" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Everything, in fresh processes; a second call has nothing left to do."""
+    arguments = ["--toy", "--seeds", "2", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    assert "[41/41]" in capsys.readouterr().out
+    page = tmp_path / "study-results.md"
+    assert "The numbers mean nothing" in page.read_text()
+    first = page.read_text()
+    page.unlink()
+    assert main(arguments) == 0
+    assert "done" not in capsys.readouterr().out
+    assert page.read_text() == first
+
+
+def test_unknown_axes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--only", "connecter"])
+    assert "connecter unknown; the axes are connector, scan" in capsys.readouterr().err
