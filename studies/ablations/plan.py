@@ -29,7 +29,7 @@ class Scale:
     """
 
     pictures: int = 1_920_000
-    text: int = 600
+    text: int = 2000
     align: int = 500
     instruct: int = 2000
     batch: int = 64
@@ -68,25 +68,29 @@ TOY = Scale(
 class Variant:
     """One row of a comparison: the baseline with some things changed.
 
-    model: fields of the recipe's `model` section. stage2: other values of stage 2's recipe. steps: times as many of
-    them. encoder, language: which of stage 0's. reference: the variant it is held against. same_data: it must see the
-    same samples as its reference, in the same order.
+    model: fields of the recipe's `model` section. encoder, language: which of stage 0's. align: whether there is a
+    stage 1. questions: on a picture, without dense descriptions in between if it is one. share: of the usual data, in
+    each of so many epochs. reference: the variant it is held against.
     """
 
     name: str
     axis: str
     what: str
     model: dict[str, Any] = field(default_factory=dict)
-    stage2: dict[str, Any] = field(default_factory=dict)
-    steps: int = 1
-    align: bool = True
     encoder: str = "patches"
     language: str = "language"
+    align: bool = True
+    questions: int = 10
+    share: float = 1.0
+    epochs: int = 1
     reference: str = "baseline"
-    same_data: bool = True
+
+    @property
+    def data(self) -> tuple[int, float, int]:
+        """Variants in which it is the same see the same samples, in the same order."""
+        return self.questions, self.share, self.epochs
 
 
-_ONE = {"data.0.scenes.questions": 1}
 VARIANTS = (
     Variant("baseline", "all", "patches, base language model, vss-l2, bsm shared, stages 1 and 2"),
     Variant("mlp", "connector", "mlp, as many parameters", {"connector": "mlp", "connector_width": MATCHED}),
@@ -100,14 +104,12 @@ VARIANTS = (
     Variant("language-longer", "language", "three times the text in stage 0b", language="language-longer"),
     Variant("clip", "encoder", "contrastive, softmax (CLIP)", encoder="clip"),
     Variant("siglip", "encoder", "contrastive, sigmoid (SigLIP)", encoder="siglip"),
-    Variant("before", "picture", "one question, picture before it", {}, _ONE, steps=2, same_data=False),
-    Variant("after", "picture", "one question, picture after it", {"image_place": "after"}, _ONE, steps=2,
+    Variant("before", "picture", "one question, picture before it", questions=1, share=2),
+    Variant("after", "picture", "one question, picture after it", {"image_place": "after"}, questions=1, share=2,
             reference="before"),
     Variant("no-stage-1", "stages", "stage 2 alone", align=False),
-    Variant("two-epochs", "stages", "stage 2 twice over its data", {}, {"data.0.scenes.again": True}, steps=2,
-            same_data=False),
-    Variant("half-twice", "stages", "half the data, twice", {}, {"data.0.scenes.again": True, "data.0.size": 0.5},
-            same_data=False),
+    Variant("two-epochs", "stages", "stage 2 twice over its data", epochs=2),
+    Variant("half-twice", "stages", "half the data, twice", share=0.5, epochs=2),
 )  # fmt: skip
 AXES = tuple(dict.fromkeys(v.axis for v in VARIANTS if v.axis != "all"))
 BY_NAME = {variant.name: variant for variant in VARIANTS}
@@ -154,8 +156,7 @@ def encoder_recipe(study: Study, name: str) -> RunConfig:
     batch = min(256, study.scale.pictures)
     values["model.contrastive"] = {"clip": "softmax", "siglip": "sigmoid"}[name]
     file = str(HERE / "0a-contrastive.yaml")
-    # Rows of as many lengths as there are texts would need as many graphs.
-    return _recipe(file, study, name, study.scale.pictures // batch, batch, values | {"optim.capture": False})
+    return _recipe(file, study, name, study.scale.pictures // batch, batch, values)
 
 
 def language_recipe(study: Study, name: str) -> RunConfig:
@@ -163,29 +164,35 @@ def language_recipe(study: Study, name: str) -> RunConfig:
     blocks = {"language-half": 3}.get(name, 6)
     sizes = {"hidden_size": 256, "num_hidden_layers": blocks, "state_size": 16} | study.scale.language
     steps = study.scale.text * (3 if name == "language-longer" else 1)
-    batch = min(512, 8 * study.scale.batch)
-    values = {"model.tokenizer": str(study.stage0(TOKENIZER)), "model.language": sizes, "optim.capture": False}
-    return _recipe("nano/0b-language", study, name, steps, batch, values)
+    values = {"model.tokenizer": str(study.stage0(TOKENIZER)), "model.language": sizes}
+    return _recipe("nano/0b-language", study, name, steps, 2 * study.scale.batch, values)
 
 
 def align_recipe(study: Study, variant: Variant, seed: int) -> RunConfig:
     """Stage 1 of a run."""
-    values = {"model": _parts(study, variant), "seed": seed, "data.0.scenes.seed": 4000 + seed}
-    scale = study.scale
-    return _recipe("nano/1-align", study, f"{variant.name}-{seed}/1-align", scale.align, scale.batch, values)
+    scale, name = study.scale, f"{variant.name}-{seed}/1-align"
+    data = [_scenes(4000 + seed, "caption", scale.align * scale.batch)]
+    values = {"model": _parts(study, variant), "data": data, "seed": seed}
+    return _recipe("nano/1-align", study, name, scale.align, scale.batch, values)
 
 
 def instruct_recipe(study: Study, variant: Variant, seed: int) -> RunConfig:
-    """Stage 2 of a run. An epoch is as many scenes as a run of the usual length reads."""
-    name, scale = f"{variant.name}-{seed}", study.scale
-    values: dict[str, Any] = {"model": _parts(study, variant), "seed": seed, "data.0.scenes.seed": 5000 + seed}
-    if variant.align:
-        values["model"] = {"path": str(study.work(name) / "1-align/model")}
-    size = scale.instruct * scale.batch
-    values |= variant.stage2
-    values["data.0.size"] = round(size * variant.stage2.get("data.0.size", 1))
-    steps = scale.instruct * variant.steps
-    return _recipe("nano/2-instruct", study, f"{name}/2-instruct", steps, scale.batch, values)
+    """Stage 2 of a run: conversations, and a dense description for every five of them, as in nano's own."""
+    scale, name = study.scale, f"{variant.name}-{seed}"
+    model = {"path": str(study.work(name) / "1-align/model")} if variant.align else _parts(study, variant)
+    steps = round(scale.instruct * variant.share)
+    size, again = steps * scale.batch, variant.epochs > 1
+    described = size // 6 if variant.questions > 1 else 0
+    asked = _scenes(5000 + seed, "conversation", size - described, questions=variant.questions, again=again)
+    told = [_scenes(6000 + seed, "description", described, again=again)] if described else []
+    # Of a few scenes in a hundred the one question that is tried cannot be asked.
+    values = {"model": model, "data": [asked, *told], "seed": seed, "max_bad_share": 0.1}
+    return _recipe("nano/2-instruct", study, f"{name}/2-instruct", steps * variant.epochs, scale.batch, values)
+
+
+def _scenes(seed: int, what: str, size: int, **fields: Any) -> dict[str, Any]:
+    """A source of data; nano's recipes use none of these seeds."""
+    return {"scenes": {"seed": seed, "split": "train", "what": what} | fields, "size": size}
 
 
 def _parts(study: Study, variant: Variant) -> dict[str, Any]:
@@ -203,7 +210,6 @@ def _recipe(file: str, study: Study, name: str, steps: int, batch: int, values: 
         "optim.micro_batch": batch,
         "optim.max_steps": steps,
         "optim.time_budget": None,
-        "optim.capture": True,
         "workers": study.workers,
         "device": study.device,
         "checkpoint.every": 1000,

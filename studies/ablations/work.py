@@ -110,6 +110,7 @@ def run(study: Study, task: str) -> None:
         "seed": seed,
         "scale": to_mapping(study.scale),
         "data": order_hash(recipe, model),
+        "recipe": recipe_hash(study),
         "stage0": {part: weights_hash(study.stage0(part)) for part in (variant.encoder, variant.language)},
         "versions": launch.versions(),
         "train_seconds": trained - started,
@@ -134,24 +135,32 @@ def order_hash(recipe: RunConfig, model: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def recipe_hash(study: Study) -> str:
+    """Of what all runs have in common: the baseline's recipes, without places and processes."""
+    stages = (make(study, BY_NAME["baseline"], 0) for make in (align_recipe, instruct_recipe))
+    kept = [(to_mapping(s.stage), to_mapping(s.optim), [to_mapping(source) for source in s.data]) for s in stages]
+    return hashlib.sha256(json.dumps([kept, to_mapping(study.scale)], sort_keys=True).encode()).hexdigest()[:16]
+
+
 def results(study: Study) -> list[dict[str, Any]]:
     """All finished runs.
 
     Raises:
-        ValueError: one of another scale, on other parts of stage 0, or that saw other samples than its reference.
+        ValueError: one of another recipe, on other parts of stage 0, or that saw other samples than its reference.
     """
     found = [json.loads(file.read_text()) for file in sorted((study.output / "results").glob("*.json"))]
     by_run = {(row["variant"], row["seed"]): row for row in found}
     parts: dict[str, str] = {}
     for (name, seed), row in by_run.items():
         file, variant = study.result(name, seed), BY_NAME[name]
-        if row["scale"] != json.loads(json.dumps(to_mapping(study.scale))):
-            raise ValueError(f"{file}: is a run of another scale; name another --output")
+        if row["recipe"] != found[0]["recipe"]:
+            raise ValueError(f"{file}: its recipe is not that of {found[0]['variant']}-{found[0]['seed']}")
         for part, weights in row["stage0"].items():
             if parts.setdefault(part, weights) != weights:
                 raise ValueError(f"{file}: stands on another {part} ({weights}) than other runs ({parts[part]})")
         reference = by_run.get((variant.reference, seed))
-        if variant.same_data and reference is not None and row["data"] != reference["data"]:
+        alike = variant.data == BY_NAME[variant.reference].data
+        if alike and reference is not None and row["data"] != reference["data"]:
             raise ValueError(f"{file}: saw other samples than {variant.reference}, or in another order")
     return found
 

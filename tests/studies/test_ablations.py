@@ -31,16 +31,18 @@ def test_runs_read_as_many_samples_in_the_same_order() -> None:
     for variant in VARIANTS:
         recipe = instruct_recipe(study, variant, 2)
         reference = instruct_recipe(study, BY_NAME[variant.reference], 2)
-        assert recipe.optim.max_steps == variant.steps * (base.optim.max_steps or 0)
+        assert recipe.optim.max_steps == variant.share * variant.epochs * (base.optim.max_steps or 0)
         assert recipe.optim.time_budget is None
         assert recipe.seed == base.seed
-        if variant.same_data:
+        if variant.data == BY_NAME[variant.reference].data:
             assert (recipe.data, recipe.optim) == (reference.data, reference.optim), variant.name
         assert (recipe.model.path is not None) == variant.align
         align = align_recipe(study, variant, 2)
         assert align.data == align_recipe(study, BY_NAME["baseline"], 2).data
     assert base.data != instruct_recipe(study, BY_NAME["baseline"], 1).data
-    assert instruct_recipe(study, BY_NAME["half-twice"], 0).data[0].size == 64 * 2000 // 2
+    half = instruct_recipe(study, BY_NAME["half-twice"], 2).data
+    assert sum(source.size for source in half) == 64 * 2000 // 2
+    assert [source.scenes.again for source in half if source.scenes] == [True, True]
 
 
 def test_connectors_have_as_many_parameters() -> None:
@@ -72,6 +74,7 @@ def result(variant: str, seed: int, skills: float, data: str = "d") -> dict[str,
         "variant": variant,
         "seed": seed,
         "scale": to_mapping(TOY),
+        "recipe": "r",
         "data": data,
         "stage0": {"patches": "a", "language": "b"},
         "versions": {"device": "cpu"},
@@ -120,7 +123,7 @@ def test_report(tmp_path: Path) -> None:
     ("row", "told"),
     [
         (result("mlp", 0, 1.0, data="other"), "saw other samples than baseline"),
-        (result("mlp", 0, 1.0) | {"scale": {"batch": 3}}, "another scale"),
+        (result("mlp", 0, 1.0) | {"recipe": "another"}, "its recipe is not that of baseline-0"),
         (result("mlp", 0, 1.0) | {"stage0": {"patches": "c"}}, "stands on another patches"),
     ],
 )
