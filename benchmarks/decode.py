@@ -36,19 +36,10 @@ INT8_MARK = 900
 PROFILED = 2  # steps
 # What else to try: batch, changes of the plan, int8.
 VARIANTS: list[tuple[int, dict[str, Any], bool]] = [
-    (1, {"ahead_out": 0, "ahead_in": 0}, False),
     (256, {"recur_sequences": 2}, False),
-    (8, {"skinny_up_to": 0}, False),
-    (64, {"ahead_out": 0}, False),
-    (1, {"ahead_in": 0}, False),
-    (8, {"skinny_depth": 3}, False),
     (64, {"recur_sequences": 2}, False),
-    (1, {"ahead_in": 24 << 20}, False),
-    (1, {"ahead_out": 0, "ahead_in": 0}, True),
-    (256, {"ahead_out": 0}, False),
     (1, {"vector_bytes": 10240}, True),
     (1, {"vector_up_to": 0}, True),
-    (8, {"ahead_out": 0}, False),
     (256, {"recur_channels": 32}, False),
     (1, {"vector_up_to": 0}, False),
     (64, {"mix_block": 64}, False),

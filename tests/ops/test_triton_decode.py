@@ -121,23 +121,6 @@ def test_bf16_is_as_close_as_bf16_can_be() -> None:
     assert error(logits, logits64) < 1e-2
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("batch", [1, 3, 8])
-@torch.no_grad()
-def test_product_of_few_rows_on_the_matrix_units(batch: int, int8: bool) -> None:
-    """Against float64, at a number of outputs that no program divides: only the rounding of the result is left."""
-    plan, make = Plan(pdl=True, vector_up_to=0), torch.Generator().manual_seed(3)
-    x, weight = (torch.randn(n, 1024, generator=make).to(DEVICE, torch.bfloat16) for n in (batch, 1021))
-    matrix = quantise(weight) if int8 else Matrix(weight)
-    out = torch.full((batch, 1021), float("nan"), dtype=torch.bfloat16, device=DEVICE)
-    assert plan.skinny(batch, 1024, 2)
-    form = decode._form(torch.device(DEVICE), "triton")
-    form.linear(x, matrix.weight, matrix.scale, out, None, 0.0, False, plan)
-    exact = matrix.weight.double() * (1 if matrix.scale is None else matrix.scale.double()[:, None])
-    assert error(out, (x.double() @ exact.t()).cpu()) < 2e-3
-
-
 def test_quantise_rounds_to_half_a_step() -> None:
     weight = torch.randn(9, 30, generator=torch.Generator().manual_seed(2))
     matrix = quantise(weight)

@@ -17,7 +17,6 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,7 +126,7 @@ def fused_weights(model: nn.Module, int8: bool = False) -> tuple[list[Layer], He
 def default_plan(device: torch.device) -> Plan:
     """How to cut the kernels on this device."""
     hopper = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-    return Plan(pdl=hopper, skinny_up_to=Plan.skinny_up_to if find_spec("triton.experimental.gluon") else 0)
+    return Plan(pdl=hopper)
 
 
 def new_pool(layers: Sequence[Layer], slots: int, dtype: torch.dtype) -> MambaState:

@@ -190,12 +190,11 @@ def _fused_layers(
     plan: Plan,
 ) -> None:
     """From the residual stream to the logits: norms, sums and the convolution inside other kernels."""
-    afterwards = [layers[i].in_proj.weight for i in range(1, len(layers))] + [head.matrix.weight]
-    for layer, conv_state, ssm_state, following in zip(layers, conv, ssm, afterwards, strict=True):
+    for layer, conv_state, ssm_state in zip(layers, conv, ssm, strict=True):
         into, out = layer.in_proj, layer.out_proj
         convolution = (buffers.slots, layer.conv_weight, layer.conv_bias)
         form.linear(buffers.hidden, into.weight, into.scale, buffers.xz, layer.norm, layer.eps, False, plan)
-        form.extract(buffers.xz, conv_state, *convolution, layer.x_proj, buffers.features, out.weight, plan)
+        form.extract(buffers.xz, conv_state, *convolution, layer.x_proj, buffers.features, plan)
         form.advance(
             buffers.features,
             buffers.xz,
@@ -207,7 +206,6 @@ def _fused_layers(
             layer.A,
             layer.D,
             buffers.y,
-            following,
             plan,
         )
         form.linear(buffers.y, out.weight, out.scale, buffers.hidden, None, 0.0, True, plan)
@@ -239,7 +237,6 @@ def _layers(
             buffers.x,
             buffers.partial,
             buffers.features,
-            layer.out_proj.weight,
             plan,
         )
         form.recur(
@@ -263,8 +260,8 @@ def _layers(
 
 
 def _multiply(form: ModuleType, x: Tensor, matrix: Matrix, out: Tensor, plan: Plan) -> None:
-    """out = x @ matrix^T, in torch's library unless ours is faster or the matrix is int8."""
-    if matrix.scale is None and not plan.skinny(len(x), x.shape[1], x.element_size()):
+    """out = x @ matrix^T, in torch's library unless the matrix is int8."""
+    if matrix.scale is None:
         torch.mm(x, matrix.weight.t(), out=out)
     else:
         form.linear(x, matrix.weight, matrix.scale, out, None, 0.0, False, plan)

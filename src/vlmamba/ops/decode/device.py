@@ -27,21 +27,6 @@ except ImportError:  # a Triton without its NVIDIA part: plans then leave PDL ou
 
 
 @triton.jit
-def _ask_for(start, count, LANES: tl.constexpr):
-    """Asks for this program's share of `count` bytes from `start` to be in the L2 cache soon; NVIDIA since Hopper.
-    Eight lanes ask for the same bytes: a warp sends what is alike once, and what differs one after another."""
-    groups = tl.num_programs(0) * tl.num_programs(1) * (LANES // 8)
-    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    group = program * (LANES // 8) + tl.arange(0, LANES) // 8
-    share = count // groups // 16 * 16
-    at = start.to(tl.pointer_type(tl.int8)) + group.to(tl.int64) * share
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; // dummy $0",
-        "=r,l,r", [at, tl.full([LANES], 0, tl.int32) + share], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def _widened(tile, PACKED: tl.constexpr):
     """Weights in float32. PACKED (int8, on NVIDIA): w + 128 as the low byte of the float 2^23 + 128 + w, one
     instruction for each weight where a conversion takes the time of eight."""
@@ -182,10 +167,9 @@ def _remembered(state, weight, bias, d, inside, dim, tap_d, tap_w, W: tl.constex
 
 @triton.jit
 def features_kernel(
-    xz, conv_state, slots, conv_weight, conv_bias, weight, out, ahead, dim, features, xz_b, conv_s, tap_d, tap_w,
-    ahead_bytes,
+    xz, conv_state, slots, conv_weight, conv_bias, weight, out, dim, features, xz_b, conv_s, tap_d, tap_w,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr, W: tl.constexpr, HAS_BIAS: tl.constexpr,
-    LANES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS features of x_proj(silu(conv(x))) for one sequence. Every program convolves all channels again: that is less
     than adding up partial sums would take. The conv state is only read."""
@@ -202,8 +186,6 @@ def features_kernel(
         total, tap, _ = _remembered(state, conv_weight, conv_bias, d, d < dim, dim, tap_d, tap_w, W, HAS_BIAS)
         totals += (total,)
         taps += (tap,)
-    if AHEAD:
-        _ask_for(ahead, ahead_bytes, LANES)
     if PDL:
         gdc_wait()
     news = ()
@@ -223,10 +205,10 @@ def features_kernel(
 
 @triton.jit
 def advance_kernel(
-    given, xz, conv_state, ssm_state, slots, conv_weight, conv_bias, weight, dt_bias, A, D, y, ahead,
-    dim, rank, features, xz_b, conv_s, ssm_s, tap_d, tap_w, ahead_bytes,
+    given, xz, conv_state, ssm_state, slots, conv_weight, conv_bias, weight, dt_bias, A, D, y,
+    dim, rank, features, xz_b, conv_s, ssm_s, tap_d, tap_w,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, CHUNKS: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, LANES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """dt_proj, softplus, the recurrence, D and the gate for some channels of one sequence; both states move on."""
     if PDL:
@@ -257,8 +239,6 @@ def advance_kernel(
     B, C = tl.load(from_here + rank + n), tl.load(from_here + rank + N + n)
     new = tl.load(xz + b * xz_b + d, mask=in_d, other=0.0)
     z = tl.load(xz + b * xz_b + dim + d, mask=in_d, other=0.0).to(tl.float32)
-    if AHEAD:
-        _ask_for(ahead, ahead_bytes, LANES)
     acc = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
     for c in tl.static_range(CHUNKS):
         acc += weights[c].to(tl.float32) * low[c][None, :]
@@ -277,10 +257,9 @@ def advance_kernel(
 
 @triton.jit
 def mix_kernel(
-    xz, conv_state, slots, conv_weight, conv_bias, weight, x, partial, ahead, batch, dim, features, xz_b, conv_s, tap_d,
-    tap_w, ahead_bytes,
+    xz, conv_state, slots, conv_weight, conv_bias, weight, x, partial, batch, dim, features, xz_b, conv_s, tap_d, tap_w,
     BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, W: tl.constexpr,
-    DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, LANES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x = silu(conv(x)) for some channels of some sequences, whose conv state moves on, and their share of x_proj."""
     if PDL:
@@ -304,8 +283,6 @@ def mix_kernel(
         v = tl.zeros([BLOCK_B, BLOCK_K], tl.float32) + tl.load(conv_bias + d, mask=in_d, other=0.0).to(tl.float32)
     else:
         v = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
-    if AHEAD:
-        _ask_for(ahead, ahead_bytes, LANES)
     if PDL:
         gdc_wait()
     new = tl.load(xz + b[:, None] * xz_b + d[None, :], mask=inside, other=0.0)

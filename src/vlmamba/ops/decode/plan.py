@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SKINNY_WARPS, SKINNY_BLOCK = 4, 128  # warps of a program of `skinny.py`, and the columns that each takes at a time
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -17,10 +15,6 @@ class Plan:
         registers; above, every part is a kernel of its own and products run in torch's library (int8 ones in ours).
     pdl: programmatic dependent launch and other instructions that NVIDIA has since Hopper.
     vector_bytes, vector_rows: most bytes and rows of a weight that one program of the vector kernel holds.
-    skinny_up_to: the batch up to which, with `pdl`, products run in `skinny.py`; skinny_depth: blocks of a weight that
-        a program asks for at once.
-    ahead_out, ahead_in: bytes of out_proj, and (up to `vector_up_to`) of the next layer's in_proj, that are asked to be
-        in the L2 cache while kernels run that move few bytes.
     recur_channels, recur_sequences: how much of the state one program of the recurrence moves on.
     """
 
@@ -30,10 +24,6 @@ class Plan:
     vector_rows: int = 8
     vector_block: int = 512
     vector_warps: int = 2
-    skinny_up_to: int = 8
-    skinny_depth: int = 5
-    ahead_out: int = 32 << 20
-    ahead_in: int = 12 << 20
     matrix_block: int = 128
     mix_block: int = 128
     recur_channels: int = 64
@@ -45,11 +35,6 @@ class Plan:
         each = _power_below(self.vector_bytes // (width * itemsize * batch))
         each = min(max(each, 1), self.vector_rows, _power_above(rows))
         return each, min(self.vector_block, _power_above(width)), self.vector_warps
-
-    def skinny(self, batch: int, width: int, itemsize: int) -> bool:
-        """Whether `skinny.py` takes x (batch, width) of this itemsize."""
-        whole = width % (SKINNY_WARPS * SKINNY_BLOCK) == 0
-        return self.pdl and batch <= self.skinny_up_to and whole and itemsize == 2
 
     def matrix(self, batch: int, rows: int, width: int, itemsize: int) -> tuple[int, int, int, int, int]:
         """Block of the batch, of rows, of columns, pipeline stages, warps."""

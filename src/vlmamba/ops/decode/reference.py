@@ -41,7 +41,6 @@ def extract(
     conv_bias: Tensor | None,
     weight: Tensor,
     features: Tensor,
-    ahead: Tensor,
     plan: Plan,
 ) -> None:
     """features (B, F) = weight (F, D) @ silu(conv(x)). The conv state is only read."""
@@ -63,7 +62,6 @@ def advance(
     A: Tensor,
     D: Tensor,
     y: Tensor,
-    ahead: Tensor,
     plan: Plan,
 ) -> None:
     """One token of the recurrence on `slots` (B,) of conv_state (S, W-1, D) and ssm_state (S, D, N), in place.
@@ -86,11 +84,10 @@ def mix(
     x: Tensor,
     partial: Tensor,
     features: Tensor,
-    ahead: Tensor,
     plan: Plan,
 ) -> None:
     """x (B, D) = silu(conv(the first half of xz (B, 2 D))), the conv_state (S, W-1, D) at `slots` (B,) moves on, and
-    features (B, F) = weight (F, D) @ x; partial and ahead are not needed here."""
+    features (B, F) = weight (F, D) @ x; partial is not needed here."""
     new = xz[:, : weight.shape[1]].to(compute_dtype(xz))
     x.copy_(update.conv_forward(conv_state, new, conv_weight, conv_bias, "silu", slots.long()))
     features.copy_(x.to(new.dtype) @ weight.to(new.dtype).t())

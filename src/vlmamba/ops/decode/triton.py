@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmamba.ops.decode import device
-from vlmamba.ops.decode.plan import SKINNY_BLOCK, SKINNY_WARPS, Plan
+from vlmamba.ops.decode.plan import Plan
 
 _PRODUCTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -20,12 +20,6 @@ _PRODUCTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float
 def _pdl(plan: Plan) -> dict[str, bool]:
     """Launch options: programmatic dependent launch where the plan has it (options unknown elsewhere are left out)."""
     return {"PDL": True, "launch_pdl": True} if plan.pdl else {"PDL": False}
-
-
-def _ahead(weight: Tensor, most: int, plan: Plan) -> int:
-    """How many bytes of a weight are asked for early; little ones are not worth it."""
-    count = min(weight.nbytes, most)
-    return count if plan.pdl and count >= 1 << 20 else 0
 
 
 def linear(
@@ -46,27 +40,11 @@ def linear(
             ADD=add, PACKED=plan.pdl and weight.dtype == torch.int8 and block >= 128 * warps, num_warps=warps, **flags,
         )  # fmt: skip
         return
-    if plan.skinny(batch, width, x.element_size()):
-        _skinny(x, weight, scale, out, plan)
-        return
     block_b, block_r, block_k, stages, warps = plan.matrix(batch, rows, width, weight.element_size())
     device.matrix_kernel[(triton.cdiv(rows, block_r), triton.cdiv(batch, block_b))](
         x, weight, scale, out, batch, rows, width, x.stride(0), out.stride(0), BLOCK_B=block_b, BLOCK_R=block_r,
         BLOCK_K=block_k, STAGES=stages, EVEN=width % block_k == 0 and rows % block_r == 0, DTYPE=_PRODUCTS[x.dtype],
         num_warps=warps, num_stages=stages, **flags,
-    )  # fmt: skip
-
-
-def _skinny(x: Tensor, weight: Tensor, scale: Tensor | None, out: Tensor, plan: Plan) -> None:
-    from vlmamba.ops.decode import skinny  # needs a Triton with Gluon
-
-    (batch, width), rows, rows_each = x.shape, len(weight), 16
-    chunks = width // (SKINNY_WARPS * SKINNY_BLOCK)
-    skinny.skinny_kernel[(triton.cdiv(rows, rows_each),)](
-        x, weight, scale, out, batch, rows, width, out.stride(0), ROWS=rows_each,
-        COLUMNS=max(8, triton.next_power_of_2(batch)), WARPS=SKINNY_WARPS, BLOCK_K=SKINNY_BLOCK, CHUNKS=chunks,
-        DEPTH=min(chunks, plan.skinny_depth * (1 if scale is None else 2)), HAS_SCALE=scale is not None,
-        num_warps=SKINNY_WARPS, launch_pdl=True,
     )  # fmt: skip
 
 
@@ -81,57 +59,52 @@ def normalise(h: Tensor, delta: Tensor | None, norm: Tensor, eps: float, out: Te
 
 def extract(
     xz: Tensor, conv_state: Tensor, slots: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, weight: Tensor,
-    features: Tensor, ahead: Tensor, plan: Plan,
+    features: Tensor, plan: Plan,
 ) -> None:  # fmt: skip
     """features (B, F) = weight (F, D) @ silu(conv(x)), where x is the first half of xz (B, 2 D) and conv_state (S, W-1,
-    D), only read, at `slots` (B,) holds the inputs before it. ahead: a weight that is read soon."""
+    D), only read, at `slots` (B,) holds the inputs before it."""
     (count, dim), rows, warps = weight.shape, 2, 8
     block = min(1024, triton.next_power_of_2(dim))
-    soon = _ahead(ahead, plan.ahead_out, plan)
     device.features_kernel[(triton.cdiv(count, rows), len(xz))](
-        xz, conv_state, slots, conv_weight, conv_bias, weight, features, ahead, dim, count, xz.stride(0),
-        conv_state.stride(0), *conv_weight.stride(), soon, ROWS=rows, BLOCK_K=block, CHUNKS=triton.cdiv(dim, block),
-        W=conv_weight.shape[1], HAS_BIAS=conv_bias is not None, LANES=32 * warps, AHEAD=soon > 0, num_warps=warps,
-        **_pdl(plan),
+        xz, conv_state, slots, conv_weight, conv_bias, weight, features, dim, count, xz.stride(0),
+        conv_state.stride(0), *conv_weight.stride(), ROWS=rows, BLOCK_K=block, CHUNKS=triton.cdiv(dim, block),
+        W=conv_weight.shape[1], HAS_BIAS=conv_bias is not None, num_warps=warps, **_pdl(plan),
     )  # fmt: skip
 
 
 def advance(
     features: Tensor, xz: Tensor, conv_state: Tensor, ssm_state: Tensor, slots: Tensor, conv_weight: Tensor,
-    conv_bias: Tensor | None, weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, y: Tensor, ahead: Tensor,
-    plan: Plan,
+    conv_bias: Tensor | None, weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, y: Tensor, plan: Plan,
 ) -> None:  # fmt: skip
     """One token of the recurrence on `slots` (B,) of conv_state (S, W-1, D) and ssm_state (S, D, N), in place.
 
     features (B, F): dt (low rank), B and C; weight (D, R): dt_proj; xz (B, 2 D): x, not yet convolved, and the gate z;
-    y (B, D): the gated output. ahead: a weight that is read soon.
+    y (B, D): the gated output.
     """
     (dim, rank), block, warps = weight.shape, 32, 4
     block_r = min(32, max(4, triton.next_power_of_2(rank)))
-    soon = _ahead(ahead, plan.ahead_in, plan)
     device.advance_kernel[(triton.cdiv(dim, block), len(xz))](
-        features, xz, conv_state, ssm_state, slots, conv_weight, conv_bias, weight, dt_bias, A, D, y, ahead, dim, rank,
+        features, xz, conv_state, ssm_state, slots, conv_weight, conv_bias, weight, dt_bias, A, D, y, dim, rank,
         features.shape[1], xz.stride(0), conv_state.stride(0), ssm_state.stride(0), *conv_weight.stride(),
-        soon, BLOCK_D=block, BLOCK_R=block_r, CHUNKS=triton.cdiv(rank, block_r),
-        N=A.shape[1], W=conv_weight.shape[1], HAS_BIAS=conv_bias is not None, LANES=32 * warps,
-        AHEAD=soon > 0, num_warps=warps, **_pdl(plan),
+        BLOCK_D=block, BLOCK_R=block_r, CHUNKS=triton.cdiv(rank, block_r),
+        N=A.shape[1], W=conv_weight.shape[1], HAS_BIAS=conv_bias is not None, num_warps=warps,
+        **_pdl(plan),
     )  # fmt: skip
 
 
 def mix(
     xz: Tensor, conv_state: Tensor, slots: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, weight: Tensor,
-    x: Tensor, partial: Tensor, features: Tensor, ahead: Tensor, plan: Plan,
+    x: Tensor, partial: Tensor, features: Tensor, plan: Plan,
 ) -> None:  # fmt: skip
     """x (B, D) = silu(conv(the first half of xz (B, 2 D))), the conv_state (S, W-1, D) at `slots` (B,) moves on, and
-    features (B, F) = weight (F, D) @ x, by way of partial (P, B, F). ahead: a weight that is read soon."""
+    features (B, F) = weight (F, D) @ x, by way of partial (P, B, F)."""
     batch, (count, dim), warps = len(xz), weight.shape, 8
     block_b, block_k, tile = plan.block_b(batch), plan.mix_channels(dim), min(64, triton.next_power_of_2(count))
-    soon = _ahead(ahead, plan.ahead_out, plan)
     device.mix_kernel[(len(partial), triton.cdiv(batch, block_b))](
-        xz, conv_state, slots, conv_weight, conv_bias, weight, x, partial, ahead, batch, dim, count, xz.stride(0),
-        conv_state.stride(0), *conv_weight.stride(), soon, BLOCK_B=block_b, BLOCK_F=tile,
+        xz, conv_state, slots, conv_weight, conv_bias, weight, x, partial, batch, dim, count, xz.stride(0),
+        conv_state.stride(0), *conv_weight.stride(), BLOCK_B=block_b, BLOCK_F=tile,
         TILES=triton.cdiv(count, tile), BLOCK_K=block_k, W=conv_weight.shape[1], DTYPE=_PRODUCTS[weight.dtype],
-        HAS_BIAS=conv_bias is not None, LANES=32 * warps, AHEAD=soon > 0, num_warps=warps, **_pdl(plan),
+        HAS_BIAS=conv_bias is not None, num_warps=warps, **_pdl(plan),
     )  # fmt: skip
     block = 64
     device.combine_kernel[(triton.cdiv(features.numel(), block),)](
