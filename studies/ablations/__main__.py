@@ -6,6 +6,7 @@ python -m studies.ablations --output runs/study [--gpus 2] [--only connector,sca
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -49,9 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from studies.ablations.report import write
     from studies.ablations.work import results
 
-    found = results(study)
-    if found:
-        print(write(found, options.report or study.output, toy=options.toy))
+    print(write(results(study), options.report or study.output, toy=options.toy))
     if wrong:
         print(f"went wrong: {', '.join(wrong)}", file=sys.stderr)
     return int(bool(wrong))
@@ -120,4 +119,5 @@ def draw(options: argparse.Namespace, runs: int) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that runs under way save their state
     raise SystemExit(main())

@@ -108,13 +108,16 @@ def write(results: Sequence[Row], folder: Path, toy: bool = False) -> Path:
 
 
 def _lines(found: Findings, folder: Path, toy: bool) -> Iterator[str]:
-    scale = next(iter(found.rows.values()))["scale"]
     devices = sorted({row["versions"]["device"] for row in found.rows.values()})
     seconds = sum(row["train_seconds"] + row["measure_seconds"] for row in found.rows.values())
     yield "# Results of the study"
     yield "\nWritten by `python -m studies.ablations`; [the study](study.md) says what is compared.\n"
+    if not found.rows:
+        yield "No run is finished."
+        return
     if toy:
         yield "**A toy: the command's rehearsal, with models that learned nothing. The numbers mean nothing.**\n"
+    scale = next(iter(found.rows.values()))["scale"]
     yield (
         f"{len(found.rows)} runs of {scale['align']:,} + {scale['instruct']:,} steps of {scale['batch']} samples, "
         f"{seconds / 60:.0f} minutes together on {', '.join(devices)}. Means with standard errors over seeds. "

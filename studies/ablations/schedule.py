@@ -66,6 +66,7 @@ class Worker:
 
 def serve(connection: Connection, study: Study, gpu: int | None) -> None:
     """The life of a worker. What tasks say goes to a file each."""
+    os.setsid()  # signals for the whole group would reach it twice, and the second one ends a run unsaved
     if gpu is not None:
         given = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = given.split(",")[gpu] if given else str(gpu)
@@ -74,7 +75,7 @@ def serve(connection: Connection, study: Study, gpu: int | None) -> None:
     while True:
         try:
             task: str = connection.recv()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         log = study.output / "logs" / f"{task}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
