@@ -168,19 +168,18 @@ def _remembered(state, weight, bias, d, inside, dim, tap_d, tap_w, W: tl.constex
 @triton.jit
 def features_kernel(
     xz, conv_state, slots, conv_weight, conv_bias, weight, out, dim, features, xz_b, conv_s, tap_d, tap_w,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr, W: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr, W: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """ROWS features of x_proj(silu(conv(x))) for one sequence. Every program convolves all channels again: that is less
+    """Two features of x_proj(silu(conv(x))) for one sequence. Every program convolves all channels again: that is less
     than adding up partial sums would take. The conv state is only read."""
     if PDL:
         gdc_launch_dependents()
-    b, first = tl.program_id(1), tl.program_id(0) * ROWS
+    b, first = tl.program_id(1), tl.program_id(0) * 2
     state = conv_state + tl.load(slots + b).to(tl.int64) * conv_s
     totals, taps, weights = (), (), ()
     for c in tl.static_range(CHUNKS):
         d = c * BLOCK_K + tl.arange(0, BLOCK_K)
-        for r in tl.static_range(ROWS):
+        for r in tl.static_range(2):
             inside = (d < dim) & (first + r < features)
             weights += (tl.load(weight + (first + r) * dim + d, mask=inside, other=0.0),)
         total, tap, _ = _remembered(state, conv_weight, conv_bias, d, d < dim, dim, tap_d, tap_w, W, HAS_BIAS)
@@ -196,11 +195,12 @@ def features_kernel(
     for c in tl.static_range(CHUNKS):
         v = totals[c] + taps[c] * news[c].to(tl.float32)
         values += (v * sigmoid(v),)
-    for r in tl.static_range(ROWS):
-        acc = tl.zeros([BLOCK_K], tl.float32)
-        for c in tl.static_range(CHUNKS):
-            acc += weights[c * ROWS + r].to(tl.float32) * values[c]
-        tl.store(out + b * features + first + r, tl.sum(acc, axis=0), mask=first + r < features)
+    even, odd = tl.zeros([BLOCK_K], tl.float32), tl.zeros([BLOCK_K], tl.float32)
+    for c in tl.static_range(CHUNKS):
+        even += weights[c * 2].to(tl.float32) * values[c]
+        odd += weights[c * 2 + 1].to(tl.float32) * values[c]
+    f = first + tl.arange(0, 2)
+    tl.store(out + b * features + f, tl.sum(tl.join(even, odd), axis=0), mask=f < features)
 
 
 @triton.jit
@@ -271,14 +271,14 @@ def mix_kernel(
     slot = tl.load(slots + b, mask=in_b, other=0).to(tl.int64)
     to = conv_state + (slot * conv_s)[:, None] + d[None, :]
     weights, inputs, taps = (), (), ()
-    for j in tl.static_range(W - 1):
-        inputs += (tl.load(to + j * dim, mask=inside, other=0.0),)
-    for j in tl.static_range(W):
-        taps += (tl.load(conv_weight + d * tap_d + j * tap_w, mask=in_d, other=0.0).to(tl.float32)[None, :],)
     for t in tl.static_range(TILES):
         f = t * BLOCK_F + tl.arange(0, BLOCK_F)
         at = weight + f[:, None] * dim + d[None, :]
         weights += (tl.load(at, mask=(f < features)[:, None] & in_d[None, :], other=0.0),)
+    for j in tl.static_range(W - 1):
+        inputs += (tl.load(to + j * dim, mask=inside, other=0.0),)
+    for j in tl.static_range(W):
+        taps += (tl.load(conv_weight + d * tap_d + j * tap_w, mask=in_d, other=0.0).to(tl.float32)[None, :],)
     if HAS_BIAS:
         v = tl.zeros([BLOCK_B, BLOCK_K], tl.float32) + tl.load(conv_bias + d, mask=in_d, other=0.0).to(tl.float32)
     else:
@@ -297,7 +297,12 @@ def mix_kernel(
         tl.store(to + (W - 2) * dim, new.to(conv_state.dtype.element_ty), mask=inside)
     for t in tl.static_range(TILES):
         f = t * BLOCK_F + tl.arange(0, BLOCK_F)
-        share = tl.dot(weights[t], tl.trans(v), input_precision="ieee")
+        tile = weights[t]
+        # A select keeps the tile in registers until here; without it shared memory takes it at once, and the loads
+        # after it go out only when it has come. More sequences need the registers themselves.
+        if BLOCK_B <= 16:
+            tile = tl.where(in_d[None, :], tile, 0.0)
+        share = tl.dot(tile, tl.trans(v), input_precision="ieee")
         at = partial + (tl.program_id(0) * batch + b)[None, :] * features + f[:, None]
         tl.store(at, share, mask=(f < features)[:, None] & in_b[None, :])
 

@@ -63,11 +63,11 @@ def extract(
 ) -> None:  # fmt: skip
     """features (B, F) = weight (F, D) @ silu(conv(x)), where x is the first half of xz (B, 2 D) and conv_state (S, W-1,
     D), only read, at `slots` (B,) holds the inputs before it."""
-    (count, dim), rows, warps = weight.shape, 2, 8
+    (count, dim), warps = weight.shape, 8
     block = min(1024, triton.next_power_of_2(dim))
-    device.features_kernel[(triton.cdiv(count, rows), len(xz))](
+    device.features_kernel[(triton.cdiv(count, 2), len(xz))](
         xz, conv_state, slots, conv_weight, conv_bias, weight, features, dim, count, xz.stride(0),
-        conv_state.stride(0), *conv_weight.stride(), ROWS=rows, BLOCK_K=block, CHUNKS=triton.cdiv(dim, block),
+        conv_state.stride(0), *conv_weight.stride(), BLOCK_K=block, CHUNKS=triton.cdiv(dim, block),
         W=conv_weight.shape[1], HAS_BIAS=conv_bias is not None, num_warps=warps, **_pdl(plan),
     )  # fmt: skip
 
@@ -100,11 +100,12 @@ def mix(
     features (B, F) = weight (F, D) @ x, by way of partial (P, B, F)."""
     batch, (count, dim), warps = len(xz), weight.shape, 8
     block_b, block_k, tile = plan.block_b(batch), plan.mix_channels(dim), min(64, triton.next_power_of_2(count))
+    halves = {"maxnreg": 128} if plan.pdl else {}  # registers: two programs a multiprocessor, so all run at once
     device.mix_kernel[(len(partial), triton.cdiv(batch, block_b))](
         xz, conv_state, slots, conv_weight, conv_bias, weight, x, partial, batch, dim, count, xz.stride(0),
         conv_state.stride(0), *conv_weight.stride(), BLOCK_B=block_b, BLOCK_F=tile,
         TILES=triton.cdiv(count, tile), BLOCK_K=block_k, W=conv_weight.shape[1], DTYPE=_PRODUCTS[weight.dtype],
-        HAS_BIAS=conv_bias is not None, num_warps=warps, **_pdl(plan),
+        HAS_BIAS=conv_bias is not None, num_warps=warps, **_pdl(plan), **halves,
     )  # fmt: skip
     block = 64
     device.combine_kernel[(triton.cdiv(features.numel(), block),)](
