@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     deadline = None if options.minutes is None else begun + 60 * options.minutes
     gpus = places(options)
-    study = Study(options.output, TOY if options.toy else FULL, draw(options, len(gpus)))
+    scale, device = (TOY, "cpu") if options.toy else (FULL, "auto")
+    study = Study(options.output, scale, draw(options, len(gpus)), device)
     chosen = [v for v in VARIANTS if v.axis in axes]
     chosen = [v for v in VARIANTS if v in chosen or v.name == "baseline" or v.name in {c.reference for c in chosen}]
     wrong = []
