@@ -37,7 +37,7 @@ def _questions(rows: Sequence[Row]) -> list[tuple[str, str, str, dict[str, Line]
         for row in rows:
             if (row.section, row.unit) != (section, unit) or not row.value or axis not in row.shape:
                 continue
-            if batch is not None and row.shape.get("batch") != batch:
+            if (batch is not None and row.shape.get("batch") != batch) or "int8" in row.case:
                 continue
             at = best.setdefault(row.who, {})
             x, better = row.shape[axis], max if unit.endswith("/s") else min
@@ -91,10 +91,14 @@ def _panel(
 
 def _range(values: list[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    return low / 1.15, max(high * 1.15, low * 1.5)
+    return low / 1.15, max(high * 1.15, low * 10)  # a line that is nearly flat looks flat
 
 
 def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers: the coarsest steps that give three of them."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (1, 2, 5) if high / low < 200 else (1,)
-    return [m * 10.0**e for e in powers for m in steps if low <= m * 10.0**e <= high]
+    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), [1 + i / 10 for i in range(90)]):
+        ticks = [m * 10.0**e for e in powers for m in steps if low <= m * 10.0**e <= high]
+        if len(ticks) >= 3:
+            break
+    return ticks

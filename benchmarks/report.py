@@ -88,26 +88,30 @@ class Report:
 
 def _table(rows: list[Row]) -> list[str]:
     lines = ["| | who | mode | median | quartiles | of the limit | against vlmamba |", "|---|---|---|---|---|---|---|"]
-    best: dict[tuple[str, str], float] = {}
-    for row in rows:
-        if row.who == "vlmamba" and row.value is not None:
-            here = (row.case, row.unit)
-            better = max if _more_is_better(row.unit) else min
-            best[here] = better(row.value, best.get(here, row.value))
     cases = list(dict.fromkeys(row.case for row in rows))
+    unmeasured: dict[str, list[str]] = {}  # by reason
     for row in sorted(rows, key=lambda row: cases.index(row.case)):
         if row.value is None:
-            lines.append(f"| {row.case} | {row.who} | {row.mode} | no number: {row.note} | | | |")
+            unmeasured.setdefault(row.note, []).append(f"{row.case} ({row.who})")
             continue
         spread = f"{number(row.low)} to {number(row.high)}" if row.low is not None and row.high is not None else ""
         fraction = f"{row.fraction:.0%} {row.limit}".strip() if row.fraction is not None else ""
         note = f" ({row.note})" if row.note else ""
-        ours = best.get((row.case, row.unit))
         lines.append(
             f"| {row.case} | {row.who} | {row.mode}{note} | {number(row.value)} {row.unit} | {spread} | {fraction} "
-            f"| {_against(row, ours)} |"
+            f"| {_against(row, _ours(row, rows))} |"
         )
+    for reason, found in unmeasured.items():
+        lines += ["", f"No number, {reason}: {'; '.join(dict.fromkeys(found))}."]
     return lines
+
+
+def _ours(row: Row, rows: list[Row]) -> float | None:
+    """What vlmamba does in the same case, run the same way if it was, else its best."""
+    found = [r for r in rows if (r.who, r.case, r.unit) == ("vlmamba", row.case, row.unit) and r.value is not None]
+    values = [r.value for r in found if r.mode == row.mode] or [r.value for r in found]
+    better = max if _more_is_better(row.unit) else min
+    return better((value for value in values if value is not None), default=None)
 
 
 def _against(row: Row, ours: float | None) -> str:

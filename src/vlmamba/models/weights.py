@@ -239,7 +239,10 @@ def read_vision_config(folder: Path) -> Any:
     check_sizes(raw, str(folder))
     check_sizes(raw.get("vision_config") or {}, f"{folder}, vision_config")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return getattr(config, "vision_config", config)
+    config = getattr(config, "vision_config", config)
+    # Where it was read from, and as what, is nothing for the config of a model that it becomes a part of.
+    config.name_or_path, config.architectures = "", None
+    return config
 
 
 def load_vision(source: str | Path, layer: int = -2, cls: bool = False) -> VisionTower:
