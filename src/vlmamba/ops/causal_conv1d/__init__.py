@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmamba.ops import dispatch
+from vlmamba.ops import dispatch, gradients
 
 _OP = "causal_conv1d"
 
@@ -64,67 +64,43 @@ def causal_conv1d(
     return _conv(*arguments, chosen)
 
 
-@torch.library.custom_op("vlmamba::causal_conv1d", mutates_args=())
-def _conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    return_final_state: bool,
-    implementation: str,
-) -> tuple[Tensor, Tensor]:
-    form = dispatch.module(_OP, implementation)
-    return form.forward(x, weight, bias, activation, initial_state, seq_idx, return_final_state)
+@torch.library.custom_op(
+    "vlmamba::causal_conv1d",
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? initial_state, Tensor? seq_idx, "
+        "bool return_final_state, str implementation) -> (Tensor, Tensor)"
+    ),
+)
+def _conv(*inputs: Any) -> tuple[Tensor, Tensor]:
+    *arguments, implementation = inputs
+    return dispatch.module(_OP, implementation).forward(*arguments)
 
 
 @_conv.register_fake
-def _conv_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    return_final_state: bool,
-    implementation: str,
-) -> tuple[Tensor, Tensor]:
+def _conv_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, return_final_state, _ = rest
     window = (x.shape[0], weight.shape[1] - 1, x.shape[2])
     return x.new_empty(x.shape), x.new_empty(window if return_final_state else (0,))
 
 
-@torch.library.custom_op("vlmamba::causal_conv1d_backward", mutates_args=())
-def _conv_backward(
-    dy: Tensor,
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """An op cannot return None: the gradient of an input that was not given is an empty tensor."""
-    form = dispatch.module(_OP, implementation)
-    gradients = form.backward(dy, dfinal_state, x, weight, bias, activation, initial_state, seq_idx)
-    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+@torch.library.custom_op(
+    "vlmamba::causal_conv1d_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor dy, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? bias, str? activation, "
+        "Tensor? initial_state, Tensor? seq_idx, str implementation) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def _conv_backward(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *arguments, implementation = rest
+    return gradients.none_as_empty(dy, dispatch.module(_OP, implementation).backward(dy, *arguments))
 
 
 @_conv_backward.register_fake
-def _conv_backward_fake(
-    dy: Tensor,
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    implementation: str,
-) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, initial_state))
+def _conv_backward_fake(dy: Tensor, dfinal_state: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    x, weight, bias, _, initial_state, *_ = rest
+    return gradients.like((x, weight, bias, initial_state))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -137,12 +113,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, bias, initial_state, seq_idx = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
-    dx, dweight, dbias, dinitial = _conv_backward(
-        dy, dfinal_state if ctx.return_final_state else None, x, weight, bias, ctx.activation, initial_state, seq_idx,
-        ctx.implementation,
-    )  # fmt: skip
-    dbias = None if bias is None else dbias
-    dinitial = None if initial_state is None else dinitial
+    dfinal_state = dfinal_state if ctx.return_final_state else None
+    given = (x, weight, bias, ctx.activation, initial_state, seq_idx)
+    found = _conv_backward(dy, dfinal_state, *given, ctx.implementation)
+    dx, dweight, dbias, dinitial = gradients.of_given((x, weight, bias, initial_state), found)
     return dx, dweight, dbias, None, dinitial, None, None, None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmamba.ops import dispatch
+from vlmamba.ops import dispatch, gradients
 
 ORDERS = ("row", "row-reverse", "column", "column-reverse")
 _OP = "scan_2d"
@@ -121,65 +121,41 @@ def _per_order(name: str, values: Tensor, count: int, shape: tuple[int, ...]) ->
     return values if values.dim() > len(shape) else values.expand(count, *shape)
 
 
-@torch.library.custom_op("vlmamba::conv_2d", mutates_args=())
-def _conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    h: int,
-    w: int,
-    orders: list[int],
-    implementation: str,
-) -> Tensor:
-    return dispatch.module(_OP, implementation).conv_forward(x, weight, bias, activation, h, w, orders)
+@torch.library.custom_op(
+    "vlmamba::conv_2d",
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor weight, Tensor? bias, str? activation, SymInt h, SymInt w, SymInt[] orders, "
+        "str implementation) -> Tensor"
+    ),
+)
+def _conv(*inputs: Any) -> Tensor:
+    *arguments, implementation = inputs
+    return dispatch.module(_OP, implementation).conv_forward(*arguments)
 
 
 @_conv.register_fake
-def _conv_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    h: int,
-    w: int,
-    orders: list[int],
-    implementation: str,
-) -> Tensor:
+def _conv_fake(x: Tensor, *rest: Any) -> Tensor:
+    *_, orders, _ = rest
     return x.new_empty((x.shape[0], len(orders), x.shape[1], x.shape[2]))
 
 
-@torch.library.custom_op("vlmamba::conv_2d_backward", mutates_args=())
-def _conv_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    h: int,
-    w: int,
-    orders: list[int],
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """An op cannot return None: the gradient of an input that was not given is an empty tensor."""
-    form = dispatch.module(_OP, implementation)
-    gradients = form.conv_backward(dy, x, weight, bias, activation, h, w, orders)
-    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+@torch.library.custom_op(
+    "vlmamba::conv_2d_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor dy, Tensor x, Tensor weight, Tensor? bias, str? activation, SymInt h, SymInt w, SymInt[] orders, "
+        "str implementation) -> (Tensor, Tensor, Tensor)"
+    ),
+)
+def _conv_backward(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *arguments, implementation = rest
+    return gradients.none_as_empty(dy, dispatch.module(_OP, implementation).conv_backward(dy, *arguments))
 
 
 @_conv_backward.register_fake
-def _conv_backward_fake(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    h: int,
-    w: int,
-    orders: list[int],
-    implementation: str,
-) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias))
+def _conv_backward_fake(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return gradients.like(rest[:3])
 
 
 def _conv_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -188,94 +164,52 @@ def _conv_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 
 def _conv_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias = ctx.saved_tensors
-    dx, dweight, dbias = _conv_backward(dy, x, weight, bias, *ctx.rest)
-    return dx, dweight, None if bias is None else dbias, None, None, None, None, None
+    given = ctx.saved_tensors
+    found = gradients.of_given(given, _conv_backward(dy, *given, *ctx.rest))
+    return *found, None, None, None, None, None
 
 
 _conv.register_autograd(_conv_autograd, setup_context=_conv_setup_context)
 
 
-@torch.library.custom_op("vlmamba::scan_2d", mutates_args=())
-def _scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    h: int,
-    w: int,
-    orders: list[int],
-    implementation: str,
-) -> tuple[Tensor, Tensor]:
-    return dispatch.module(_OP, implementation).scan_forward(x, dt, A, B, C, D, dt_bias, dt_softplus, h, w, orders)
+@torch.library.custom_op(
+    "vlmamba::scan_2d",
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus, SymInt h, "
+        "SymInt w, SymInt[] orders, str implementation) -> (Tensor, Tensor)"
+    ),
+)
+def _scan(*inputs: Any) -> tuple[Tensor, Tensor]:
+    *arguments, implementation = inputs
+    return dispatch.module(_OP, implementation).scan_forward(*arguments)
 
 
 @_scan.register_fake
-def _scan_fake(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    h: int,
-    w: int,
-    orders: list[int],
-    implementation: str,
-) -> tuple[Tensor, Tensor]:
+def _scan_fake(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, count, patches, channels = x.shape
-    kept = dispatch.module(_OP, implementation).saved_shape(batch, count, patches, channels, A.shape[2])
+    kept = dispatch.module(_OP, rest[-1]).saved_shape(batch, count, patches, channels, A.shape[2])
     state_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty((batch, patches, channels)), x.new_empty(kept, dtype=state_dtype)
 
 
-@torch.library.custom_op("vlmamba::scan_2d_backward", mutates_args=())
-def _scan_backward(
-    dy: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    h: int,
-    w: int,
-    orders: list[int],
-    saved: Tensor,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    form = dispatch.module(_OP, implementation)
-    gradients = form.scan_backward(dy, x, dt, A, B, C, D, dt_bias, dt_softplus, h, w, orders, saved)
-    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+@torch.library.custom_op(
+    "vlmamba::scan_2d_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor dy, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, "
+        "bool dt_softplus, SymInt h, SymInt w, SymInt[] orders, Tensor saved, "
+        "str implementation) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def _scan_backward(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *arguments, implementation = rest
+    return gradients.none_as_empty(dy, dispatch.module(_OP, implementation).scan_backward(dy, *arguments))
 
 
 @_scan_backward.register_fake
-def _scan_backward_fake(
-    dy: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    h: int,
-    w: int,
-    orders: list[int],
-    saved: Tensor,
-    implementation: str,
-) -> tuple[Tensor, ...]:
-    inputs = (x, dt, A, B, C, D, dt_bias)
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
+def _scan_backward_fake(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return gradients.like(rest[:7])
 
 
 def _scan_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -284,10 +218,9 @@ def _scan_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _scan_autograd(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *inputs, saved = ctx.saved_tensors
-    gradients = _scan_backward(dy, *inputs, ctx.dt_softplus, ctx.h, ctx.w, ctx.orders, saved, ctx.implementation)
-    known = (None if value is None else gradient for value, gradient in zip(inputs, gradients))
-    return (*known, None, None, None, None, None)
+    *given, saved = ctx.saved_tensors
+    found = _scan_backward(dy, *given, ctx.dt_softplus, ctx.h, ctx.w, ctx.orders, saved, ctx.implementation)
+    return *gradients.of_given(given, found), None, None, None, None, None
 
 
 _scan.register_autograd(_scan_autograd, setup_context=_scan_setup_context)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmamba.ops import dispatch
+from vlmamba.ops import dispatch, gradients
 
 _OP = "selective_scan"
 
@@ -63,42 +63,23 @@ def selective_scan(
     return y, final
 
 
-@torch.library.custom_op("vlmamba::selective_scan", mutates_args=())
-def _scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    return_final_state: bool,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    form = dispatch.module(_OP, implementation)
-    return form.forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx, return_final_state)
+@torch.library.custom_op(
+    "vlmamba::selective_scan",
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+        "bool dt_softplus, Tensor? initial_state, Tensor? seq_idx, bool return_final_state, "
+        "str implementation) -> (Tensor, Tensor, Tensor)"
+    ),
+)
+def _scan(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *arguments, implementation = inputs
+    return dispatch.module(_OP, implementation).forward(*arguments)
 
 
 @_scan.register_fake
-def _scan_fake(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    return_final_state: bool,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _scan_fake(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, return_final_state, implementation = rest
     batch, length, channels = x.shape
     states = A.shape[1]
     state_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -110,74 +91,40 @@ def _scan_fake(
     )
 
 
-@torch.library.custom_op("vlmamba::selective_scan_backward", mutates_args=())
-def _scan_backward(
-    dy: Tensor,
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    saved: Tensor,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """An op cannot return None: the gradient of an input that was not given is an empty tensor."""
-    form = dispatch.module(_OP, implementation)
-    gradients = form.backward(
-        dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx, saved
-    )
-    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+@torch.library.custom_op(
+    "vlmamba::selective_scan_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor dy, Tensor? dfinal_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+        "Tensor? dt_bias, bool dt_softplus, Tensor? initial_state, Tensor? seq_idx, Tensor saved, "
+        "str implementation) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def _scan_backward(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *arguments, implementation = rest
+    return gradients.none_as_empty(dy, dispatch.module(_OP, implementation).backward(dy, *arguments))
 
 
 @_scan_backward.register_fake
-def _scan_backward_fake(
-    dy: Tensor,
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    saved: Tensor,
-    implementation: str,
-) -> tuple[Tensor, ...]:
-    inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
+def _scan_backward_fake(dy: Tensor, dfinal_state: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    return gradients.like((*rest[:8], rest[9]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx, return_final_state, implementation = inputs
+    *tensors, ctx.dt_softplus, initial_state, seq_idx, ctx.return_final_state, ctx.implementation = inputs
     ctx.set_materialize_grads(False)  # a final state that nobody used has no gradient
-    ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, output[2])
-    ctx.dt_softplus, ctx.return_final_state, ctx.implementation = dt_softplus, return_final_state, implementation
+    ctx.save_for_backward(*tensors, initial_state, seq_idx, output[2])
 
 
 def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, saved = ctx.saved_tensors
-    dy = torch.zeros_like(x) if dy is None else dy
+    *tensors, initial_state, seq_idx, saved = ctx.saved_tensors
+    dy = torch.zeros_like(tensors[0]) if dy is None else dy
     dfinal_state = dfinal_state if ctx.return_final_state else None
-    gradients = _scan_backward(
-        dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, ctx.dt_softplus, initial_state, seq_idx, saved,
-        ctx.implementation,
-    )  # fmt: skip
-    given = (x, dt, A, B, C, D, z, dt_bias, initial_state)
-    dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial = (
-        None if value is None else gradient for value, gradient in zip(given, gradients)
+    found = _scan_backward(
+        dy, dfinal_state, *tensors, ctx.dt_softplus, initial_state, seq_idx, saved, ctx.implementation
     )
-    return dx, ddt, dA, dB, dC, dD, dz, dbias, None, dinitial, None, None, None
+    *found, dinitial = gradients.of_given((*tensors, initial_state), found)
+    return *found, None, dinitial, None, None, None
 
 
 _scan.register_autograd(_backward, setup_context=_setup_context)

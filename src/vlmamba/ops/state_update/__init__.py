@@ -6,6 +6,8 @@ Legend: S slots, B batch, D channels, N states per channel, W taps.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -119,65 +121,33 @@ def _refuse_gradients(op: str, inputs: tuple[Tensor | None, ...]) -> None:
         )
 
 
-@torch.library.custom_op("vlmamba::state_update", mutates_args=("state",))
-def _update(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    slots: Tensor | None,
-    implementation: str,
-) -> Tensor:
-    form = dispatch.module(_OP, implementation)
-    return form.forward(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, slots)
+@torch.library.custom_op(
+    "vlmamba::state_update",
+    mutates_args=("state",),
+    schema=(
+        "(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+        "Tensor? dt_bias, bool dt_softplus, Tensor? slots, str implementation) -> Tensor"
+    ),
+)
+def _update(*inputs: Any) -> Tensor:
+    *arguments, implementation = inputs
+    return dispatch.module(_OP, implementation).forward(*arguments)
+
+
+@torch.library.custom_op(
+    "vlmamba::conv_update",
+    mutates_args=("state",),
+    schema=(
+        "(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? slots, "
+        "str implementation) -> Tensor"
+    ),
+)
+def _conv_update(*inputs: Any) -> Tensor:
+    *arguments, implementation = inputs
+    return dispatch.module(_OP, implementation).conv_forward(*arguments)
 
 
 @_update.register_fake
-def _update_fake(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    slots: Tensor | None,
-    implementation: str,
-) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("vlmamba::conv_update", mutates_args=("state",))
-def _conv_update(
-    state: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    slots: Tensor | None,
-    implementation: str,
-) -> Tensor:
-    form = dispatch.module(_OP, implementation)
-    return form.conv_forward(state, x, weight, bias, activation, slots)
-
-
 @_conv_update.register_fake
-def _conv_update_fake(
-    state: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    slots: Tensor | None,
-    implementation: str,
-) -> Tensor:
+def _fake(state: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape)
