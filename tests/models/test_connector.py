@@ -53,7 +53,7 @@ def naive_layer(vss: VSS, x: torch.Tensor, k: int) -> torch.Tensor:
     u = F.pad(u.T, (3, 0))
     u = F.silu(F.conv1d(u[None], weight[:, None], bias, groups=len(bias))[0].T)
     dt, B, C = (u @ own(vss.x_proj.weight, 2).T).split([vss.rank, 16, 16], -1)
-    A, D, dt_bias = (own(p, n) for p, n in zip(vss.ssm(), (2, 1, 1), strict=True))
+    A, D, dt_bias = (own(p, n) for p, n in zip(vss.ssm(x), (2, 1, 1), strict=True))
     dt = F.softplus(dt @ own(vss.dt_proj.weight, 2).T + dt_bias)
     state, out = torch.zeros_like(A), []
     for t in range(len(x)):

@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Job, run_jobs
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
+from torch.distributed.utils import _to_kwargs
 
 from vlmamba.models.vlm import VLMambaForConditionalGeneration
 from vlmamba.training import build, launch, run
@@ -92,28 +94,56 @@ def test_one_two_ddp_and_two_fsdp_are_one(recipe, dataset, tmp_path) -> None:
     same(tmp_path / "other-kind", tmp_path / "fsdp", 1e-6)
 
 
-def test_small_parameters_stay_wide_in_bf16(recipe) -> None:
-    """In storage, as the forward pass sees them, in gradient and moment; and every part is cut."""
-    config = recipe()
-    model, processor = build.build(config.model, "pad")
-    step = launch.make_step(model, processor, config, torch.device("cpu"))
+@pytest.fixture
+def alone():
+    """A process group of one: enough for FSDP."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield World()
+    dist.destroy_process_group()
+
+
+def cut(config: Any, world: World) -> tuple[_Loss, dict[str, Any]]:
+    """A model under FSDP2 with its loss, and the inputs of a micro-batch."""
+    device = torch.device("cpu")
+    model, processor = build.build(config.model, "pad")
+    step = launch.make_step(model, processor, config, device)
+    whole = _Loss(model)
+    shard(whole, world, device, bf16=True)
+    return whole, step.inputs(next(make_feed(config, processor, device).batches())[0])
+
+
+def test_small_parameters_stay_wide_in_bf16(recipe, alone) -> None:
+    """In storage, as the forward pass sees them, in gradient and moment; and every part is cut."""
+    whole, inputs = cut(recipe(), alone)
+    assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in whole.parameters())
+    mixer = whole.model.language_model.backbone.layers[0].mixer
     seen: dict[str, set[torch.dtype]] = {"ssm": set(), "in_proj": set()}
-    try:
-        whole = _Loss(model)
-        shard(whole, World(), torch.device("cpu"), bf16=True)
-        assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in model.parameters())
-        mixer = model.language_model.backbone.layers[0].mixer
-        mixer.ssm.register_forward_hook(lambda module, _, out: seen["ssm"].update(t.dtype for t in out))
-        mixer.in_proj.register_forward_hook(lambda module, *_: seen["in_proj"].add(module.weight.dtype))
-        batch = next(make_feed(config, processor, torch.device("cpu")).batches())[0]
-        inputs = step.inputs(batch)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = whole(None, **inputs, use_cache=False)
-        loss.backward()
-        assert seen == {"ssm": {torch.float32}, "in_proj": {torch.bfloat16}}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                assert parameter.grad.dtype == torch.float32, name
-    finally:
-        dist.destroy_process_group()
+    mixer.ssm.register_forward_hook(lambda module, _, out: seen["ssm"].update(t.dtype for t in out))
+    mixer.in_proj.register_forward_hook(lambda module, *_: seen["in_proj"].add(module.weight.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = whole(None, **inputs, use_cache=False)
+    loss.backward()
+    assert seen == {"ssm": {torch.float32}, "in_proj": {torch.bfloat16}}
+    for name, parameter in whole.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.dtype == torch.float32, name
+
+
+def test_every_root_of_a_forward_pass_has_inputs(recipe, alone, monkeypatch) -> None:
+    """FSDP moves a root's inputs to the GPU, and up to torch 2.11 that fails where there are none. A module that is
+    called in a recomputation, after the pass of the real root, is taken for one."""
+    original, roots = FSDPState._root_pre_forward, []
+
+    def moving(self: Any, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        found = self._state_ctx.iter_forward_root
+        original(self, module, args, kwargs)
+        if found is None:
+            moved, named = _to_kwargs(args, kwargs, self._device, False)
+            args, kwargs = moved[0], named[0]
+            roots.append(module)
+        return args, kwargs
+
+    monkeypatch.setattr(FSDPState, "_root_pre_forward", moving)
+    whole, inputs = cut(recipe(optim={"checkpoint_activations": True}), alone)
+    whole(None, **inputs, use_cache=False).backward()
+    assert roots == [whole, whole.model.language_model.backbone.layers[0].mixer.ssm]

@@ -69,7 +69,7 @@ class VSS(nn.Module):
         x_IPD, z_IPD = self.in_proj(x_IPc).chunk(2, dim=-1)
         x_IKPD = ops.conv_2d(x_IPD, self.conv_weight, self.conv_bias, grid=grid, orders=self.orders, activation="silu")
         dt, B_IKPN, C_IKPN = self.x_proj(x_IKPD).split([self.rank, self.state_size, self.state_size], dim=-1)
-        A, D, dt_bias = self.ssm()
+        A, D, dt_bias = self.ssm(x_IKPD)
         y_IPD = ops.scan_2d(x_IKPD, self.dt_proj(dt), A, B_IKPN, C_IKPN, D, dt_bias, grid=grid, orders=self.orders)
         return self.out_proj(y_IPD * F.silu(z_IPD))
 

@@ -96,7 +96,7 @@ def fused_weights(model: nn.Module, int8: bool = False) -> tuple[list[Layer], He
     layers = []
     for block in model.backbone.layers:
         mixer = block.mixer
-        A, D, dt_bias = (t.detach() for t in mixer.ssm())
+        A, D, dt_bias = (t.detach() for t in mixer.ssm(block.norm.weight))
         bias = mixer.conv1d.bias
         layers.append(
             Layer(

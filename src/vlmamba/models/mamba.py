@@ -43,9 +43,13 @@ class SSMParameters(nn.Module):
         self.D = nn.Parameter(torch.empty(*sets, channels, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(*sets, channels, dtype=torch.float32))
 
-    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A = -exp(A_log) (..., D, N), D (..., D), dt bias (..., D), each at least float32."""
-        with torch.autocast(self.A_log.device.type, enabled=False):
+    def forward(self, beside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A = -exp(A_log) (..., D, N), D (..., D), dt bias (..., D), each at least float32.
+
+        `beside` is any tensor on their device. A module must not be called without inputs: in a recomputation FSDP
+        takes this one for the root of a forward pass, whose inputs it moves, and up to torch 2.11 fails without any.
+        """
+        with torch.autocast(beside.device.type, enabled=False):
             return -torch.exp(self.A_log), self.D, self.dt_bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -152,7 +156,7 @@ class MambaMixer(nn.Module):
         conv, ssm = (state.conv[self.layer], state.ssm[self.layer]) if state is not None else (None, None)
         x_BLD, conv = self.conv1d(x_BLD, conv, seq_idx, keep)
         dt_BLD, B_BLN, C_BLN = self._select(x_BLD)
-        A, D, dt_bias = self.ssm()
+        A, D, dt_bias = self.ssm(x_BLD)
         y_BLD, ssm = ops.selective_scan(
             x_BLD,
             dt_BLD,
@@ -176,7 +180,7 @@ class MambaMixer(nn.Module):
         assert ssm is not None
         x_BD = self.conv1d.step(conv, x_BD)
         dt_BD, B_BN, C_BN = self._select(x_BD)
-        A, D, dt_bias = self.ssm()
+        A, D, dt_bias = self.ssm(x_BD)
         return ops.state_update(ssm, x_BD, dt_BD, A, B_BN, C_BN, D, z_BD, dt_bias)
 
 
