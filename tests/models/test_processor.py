@@ -300,12 +300,8 @@ def test_empty_question(processor):
 # ---------------------------------------------------------------------- training
 
 
-def turns(*values) -> list[dict]:
-    return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
-
-
 def test_v1_labels_are_answers_and_their_ends(processor):
-    encoded = processor.encode_conversation(turns("What?\n<image>", "A cat.", "Colour?", "Red"), [picture()])
+    encoded = processor.encode_turns([("What?", "A cat."), ("Colour?", "Red")], 1)
     assert text_of(processor, encoded["input_ids"]) == (
         f"{SYSTEM} USER: <image>\nWhat? ASSISTANT: A cat.<|endoftext|>USER: Colour? ASSISTANT: Red<|endoftext|>"
     )
@@ -313,53 +309,37 @@ def test_v1_labels_are_answers_and_their_ends(processor):
 
 
 def test_training_and_generation_read_the_same_prompt(processor):
-    encoded = processor.encode_conversation(turns("<image>\nWhat?", "A cat."), 1)
+    encoded = processor.encode_turns([("What?", "A cat.")], 1)
     prompt = processor.apply_chat_template([user(image_part(), "What?")], tokenize=True, add_generation_prompt=True)
     assert encoded["input_ids"][: len(prompt)] == prompt
     assert encoded["labels"][: len(prompt)] == [NO_LABEL] * len(prompt)
     assert encoded["labels"][len(prompt)] != NO_LABEL
 
 
-@pytest.mark.parametrize("human", ["Describe.\n<image>", "<image>\nDescribe.", "<image>"])
-def test_plain_drops_the_human_text(processor, human):
-    encoded = processor.encode_conversation(turns(human, "a red square\n"), 1, template="plain")
+def test_plain_drops_the_human_text(processor):
+    encoded = processor.encode_turns([("Describe.", "a red square\n")], 1, "plain")
     assert text_of(processor, encoded["input_ids"]) == "<image>a red square<|endoftext|>"
     assert learned(processor, encoded) == ["a red square<|endoftext|>"]
 
 
-def test_first_turn_that_is_not_human_is_dropped(processor):
-    dirty = [{"from": "gpt", "value": "Welcome."}, *turns("hi <image>", "hello", "no answer follows")]
-    encoded = processor.encode_conversation(dirty, 1)
-    assert "Welcome" not in text_of(processor, encoded["input_ids"])
-    assert "no answer" not in text_of(processor, encoded["input_ids"])
-    assert learned(processor, encoded) == [" hello<|endoftext|>"]
-
-
-def test_image_token_elsewhere_is_text(processor):
-    encoded = processor.encode_conversation(turns("<image>what", "the tag <image>", "and <image>?", "<|endoftext|>"), 1)
+def test_image_token_in_a_text_is_text(processor):
+    encoded = processor.encode_turns([("what", "the tag <image>"), ("and <image>?", "<|endoftext|>")], 1)
     assert encoded["input_ids"].count(processor.image_token_id) == PATCHES
     assert encoded["input_ids"].count(0) == 2
 
 
 @pytest.mark.parametrize(
-    ("conversation", "images", "options", "words"),
+    ("pairs", "template", "words"),
     [
-        (turns("what", "x"), 1, {}, "0 <image> .* 1 image"),
-        (turns("<image><image>", "x"), [picture()], {}, "2 <image> .* 1 image"),
-        (turns("<image>", "x"), None, {}, "1 <image> .* 0 image"),
-        (turns("a", " \n"), 0, {}, "answer 1 of 1 is empty"),
-        (turns("a"), 0, {}, "no human turn"),
-        ([{"from": "gpt", "value": "x"}], 0, {}, "no human turn"),
-        ([{"from": "system", "value": "x"}], 0, {}, "turn 1 is from 'system'"),
-        (turns("a", "b")[:1] * 2, 0, {}, "turn 2 is from 'human' again"),
-        (turns("a", "b") + turns("a", "b")[1:], 0, {}, "turn 3 is from 'gpt' again"),
-        (turns("a", "b", "c", "d"), 0, {"template": "plain"}, "2 answers"),
-        (turns("a", "b"), 0, {"template": "v2"}, "template 'v2'"),
+        ([("a", " \n")], "v1", "answer 1 of 1 is empty"),
+        ([], "v1", "no human turn"),
+        ([("a", "b"), ("c", "d")], "plain", "2 answers"),
+        ([("a", "b")], "v2", "template 'v2'"),
     ],
 )
-def test_dirty_conversations_are_named(processor, conversation, images, options, words):
+def test_turns_that_teach_nothing_are_named(processor, pairs, template, words):
     with pytest.raises(ValueError, match=words):
-        processor.encode_conversation(conversation, images, **options)
+        processor.encode_turns(pairs, 0, template)
 
 
 def test_plain_text(processor):

@@ -23,7 +23,7 @@ from transformers.processing_utils import ProcessorMixin
 from vlmamba.models.images import ImageSource, crop_strip, pad_to_square, read_image
 from vlmamba.models.loading import check_sizes
 from vlmamba.models.preparation import image_processor_class, load_image_processor, load_tokenizer
-from vlmamba.models.template import PLACEHOLDER, Piece, message_pieces, pair_turns, turn_pieces
+from vlmamba.models.template import PLACEHOLDER, Piece, message_pieces, turn_pieces
 
 IMAGE_MODES = ("crop", "pad")
 IMAGE_PLACES = ("before", "after")
@@ -315,23 +315,6 @@ class VLMambaProcessor(ProcessorMixin):
 
     # ------------------------------------------------------------------ training
 
-    def encode_conversation(
-        self, turns: Iterable[dict[str, Any]], images: int | Sequence[Any] | None = None, template: str = "v1"
-    ) -> dict[str, list[int]]:
-        """A LLaVA conversation (`{from, value}` turns) as input_ids and labels, both of length L.
-
-        Labels are -100 but for the answers and their ends. `<image>` in the first human turn is the placeholder and
-        moves to its front; anywhere else it is text. Template "plain" drops the human text.
-
-        Args:
-            images: the pictures, or their number; pixels are made apart, by `image_pixels` or the call.
-
-        Raises:
-            ValueError: placeholders and images differ in number, an answer is empty, turns do not alternate.
-        """
-        count = images if isinstance(images, int) else len(images or ())
-        return self.encode_turns(pair_turns(turns, count), count, template)
-
     def encode_turns(
         self,
         pairs: Sequence[tuple[str, str]],
@@ -339,8 +322,16 @@ class VLMambaProcessor(ProcessorMixin):
         template: str = "v1",
         tokenise: Callable[[str], list[int]] | None = None,
     ) -> dict[str, list[int]]:
-        """(question, answer) pairs as input_ids and labels; the images belong to the first question. `tokenise`
-        stands in for the tokenizer and gives what it would: one that remembers words, for many texts."""
+        """(question, answer) pairs as input_ids and labels, both of length L; the images belong to the first question.
+
+        Labels are -100 but for the answers and their ends. Template "plain" drops the question.
+
+        Args:
+            tokenise: stands in for the tokenizer and gives what it would: one that remembers words, for many texts.
+
+        Raises:
+            ValueError: no pairs, an empty answer, several pairs for "plain", or an unknown template.
+        """
         ids, labels = self._encode(turn_pieces(pairs, num_images, template, self.image_place), tokenise)
         return {"input_ids": ids, "labels": labels}
 

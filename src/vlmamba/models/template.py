@@ -12,7 +12,7 @@ With `image_place` "after": USER: question\\n<image> ASSISTANT: ...
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 SYSTEM = (
@@ -60,33 +60,6 @@ def turn_pieces(
         pieces += [Piece("text", "ASSISTANT:")]
         pieces += _answer(answer)
     return pieces
-
-
-def pair_turns(turns: Iterable[dict[str, Any]], num_images: int) -> list[tuple[str, str]]:
-    """LLaVA's `{from, value}` turns as (question, answer) pairs, `<image>` taken out of the first question.
-
-    Turns before the first human one are dropped, and a question without an answer at the end.
-
-    Raises:
-        ValueError: the number of `<image>` in the first human turn is not `num_images`; a turn that is neither human
-            nor gpt; two turns in a row from the same side.
-    """
-    pairs: list[tuple[str, str]] = []
-    question: str | None = None
-    for number, turn in enumerate(turns, 1):
-        speaker, value = turn.get("from"), str(turn.get("value") or "")
-        if speaker not in ("human", "gpt"):
-            raise ValueError(f"turn {number} is from {speaker!r}; expected 'human' or 'gpt'")
-        if speaker == "human" and question is not None:
-            raise ValueError(f"turn {number} is from 'human' again; an answer from 'gpt' was expected")
-        if speaker == "human":
-            question = value if pairs else _without_placeholders(value, num_images)
-        elif question is not None:
-            pairs.append((question, value))
-            question = None
-        elif pairs:
-            raise ValueError(f"turn {number} is from 'gpt' again; a question from 'human' was expected")
-    return pairs
 
 
 def message_pieces(
@@ -150,13 +123,6 @@ def _question(text: str, num_images: int, image_place: str) -> list[Piece]:
 def _answer(text: str) -> list[Piece]:
     # The blank belongs to the answer's first word, as in byte-level vocabularies: the prompt ends at the colon.
     return [Piece("text", " " + text.strip(), learn=True), END]
-
-
-def _without_placeholders(text: str, num_images: int) -> str:
-    count = text.count(PLACEHOLDER)
-    if count != num_images:
-        raise ValueError(f"{count} {PLACEHOLDER} in the first human turn, but {num_images} image(s)")
-    return text.replace(PLACEHOLDER, "").strip()
 
 
 def _read_message(message: dict[str, Any], number: int) -> tuple[str, str, list[Any]]:

@@ -388,9 +388,6 @@ class TokenCode(Code):
                 value = self.mul(self.load(self.at(row, place)), inverse)
                 self.store(self.mul(value, self.load(self.at(weight, place))), self.at(out, place))
 
-    def _scalar(self, scalar: ir.Value) -> ir.Value:
-        return self._splat(scalar)
-
     def store_scalar(self, value: ir.Value, address: ir.Value) -> None:
         self.ir.store(value, self.ir.inttoptr(address, PTR), align=FLOAT_BYTES)
 
