@@ -332,7 +332,37 @@ class VLMambaBackbone(VLMambaPreTrainedModel):
         )
 
 
-class VLMambaForCausalLM(VLMambaPreTrainedModel, GenerationMixin):
+class RecurrentGenerationMixin(GenerationMixin):
+    """`generate` for a model whose past is a state."""
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        cache_params: MambaState | None = None,
+        attention_mask: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What transformers prepares for a step (images for the prompt alone), trimmed to what is new."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            cache_params=cache_params,
+            **kwargs,
+        )
+        if not is_first_iteration and cache_params is not None:
+            # After the prompt the state is all there is: one new token per row, none of them padding.
+            inputs |= {"input_ids": inputs["input_ids"][:, -1:], "attention_mask": None}
+        elif attention_mask is not None and inputs.get("input_ids") is not None:
+            # A continued conversation may hand in a mask of all that was ever read: the new tokens' part counts.
+            inputs["attention_mask"] = attention_mask[:, -inputs["input_ids"].shape[1] :]
+        return inputs
+
+
+class VLMambaForCausalLM(VLMambaPreTrainedModel, RecurrentGenerationMixin):
     """The Mamba language model with its head; loads and saves what transformers' `MambaForCausalLM` does."""
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
@@ -348,29 +378,6 @@ class VLMambaForCausalLM(VLMambaPreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
         self.backbone.embeddings = new_embeddings
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        cache_params: MambaState | None = None,
-        attention_mask: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        return continue_inputs(
-            super().prepare_inputs_for_generation(
-                input_ids,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                cache_params=cache_params,
-                attention_mask=attention_mask,
-                is_first_iteration=is_first_iteration,
-                **kwargs,
-            ),
-            bool(is_first_iteration),
-        )
 
     def forward(
         self,
@@ -444,19 +451,6 @@ def _without_padding(logits: Tensor, num_tokens: int | None) -> Tensor:
     if num_tokens is not None and num_tokens < logits.shape[-1]:
         logits[..., num_tokens:] = -torch.inf
     return logits
-
-
-def continue_inputs(model_inputs: dict[str, Any], is_first_iteration: bool) -> dict[str, Any]:
-    """Trims what transformers prepared for a step of `generate` to what a recurrent model needs."""
-    state, mask = model_inputs.get("cache_params"), model_inputs.get("attention_mask")
-    if not is_first_iteration and state is not None:
-        # After the prompt the state is all there is: one new token per row, none of them padding.
-        model_inputs["input_ids"] = model_inputs["input_ids"][:, -1:]
-        model_inputs["attention_mask"] = None
-    elif mask is not None and model_inputs.get("input_ids") is not None:
-        # A continued conversation may hand in a mask of all that was ever read: the new tokens' part counts.
-        model_inputs["attention_mask"] = mask[:, -model_inputs["input_ids"].shape[1] :]
-    return model_inputs
 
 
 register_names("VLMambaBackbone", "VLMambaForCausalLM")

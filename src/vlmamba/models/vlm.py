@@ -10,19 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
 from transformers import initialization as init
 
 from vlmamba.models import prefill_images
 from vlmamba.models.config import VLMambaConfig
 from vlmamba.models.connector import VSS, Connector, OrderLinear
-from vlmamba.models.mamba import MambaOutput, VLMambaForCausalLM, VLMambaPreTrainedModel, continue_inputs
+from vlmamba.models.mamba import MambaOutput, RecurrentGenerationMixin, VLMambaForCausalLM, VLMambaPreTrainedModel
 from vlmamba.models.padding import Compaction
 from vlmamba.models.state import MambaState
 from vlmamba.models.vision import VisionTower, build_vision_tower
 
 
-class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
+class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, RecurrentGenerationMixin):
     """Answers in text to images and text. `from_parts` composes one from pre-trained parts."""
 
     config_class = VLMambaConfig
@@ -184,30 +183,6 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
         if check is not None:
             check()
         return output
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        cache_params: MambaState | None = None,
-        attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            cache_params=cache_params,
-            attention_mask=attention_mask,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        if is_first_iteration or not use_cache:
-            model_inputs["pixel_values"] = pixel_values
-        return continue_inputs(model_inputs, bool(is_first_iteration))
 
     def _expand_inputs_for_generation(
         self,
