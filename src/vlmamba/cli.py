@@ -105,21 +105,16 @@ def _options_last(arguments: list[str]) -> list[str]:
 
 def build_parser() -> Any:
     """The parser of all commands."""
-    from jsonargparse import ArgumentParser
-
     from vlmamba import __version__
 
-    parser = ArgumentParser(
-        prog="vlmamba",
-        description="VL-Mamba: a vision-language model whose language model is a Mamba.",
-        exit_on_error=False,
-        version=__version__,
+    parser = _parser(
+        "VL-Mamba: a vision-language model whose language model is a Mamba.", prog="vlmamba", version=__version__
     )
     commands = parser.add_subcommands(dest="command", required=True, metavar="COMMAND")
     commands.add_subcommand("ask", _ask(), help="answer a question about an image")
     commands.add_subcommand("chat", _chat(), help="talk about images; the model's state is kept between turns")
     commands.add_subcommand("train", _train(), help="run a recipe, or a pipeline of recipes such as nano")
-    data = ArgumentParser(exit_on_error=False, description="Make data, and look at data.")
+    data = _parser("Make data, and look at data.")
     commands.add_subcommand("data", data, help="make and check data: vlmamba data scenes, vlmamba data check")
     data_commands = data.add_subcommands(dest="command", required=True, metavar="COMMAND")
     data_commands.add_subcommand(
@@ -129,14 +124,19 @@ def build_parser() -> Any:
     commands.add_subcommand("eval", _eval(), help="answer the eight benchmarks, or your own questions, and score them")
     commands.add_subcommand("score", _score(), help="score anybody's answers to a benchmark")
     commands.add_subcommand("report", _report(), help="an evaluation as one HTML page, alone or beside another")
-    info = ArgumentParser(exit_on_error=False, description="What is installed, what will run, and what is wrong.")
+    info = _parser("What is installed, what will run, and what is wrong.")
     commands.add_subcommand("info", info, help="what is installed, which implementation runs and why")
     commands.add_subcommand("verify", _verify(), help="compare a Mamba and a vision encoder with transformers'")
     return parser
 
 
-def _model_options(parser: Any) -> None:
-    parser.add_argument("--model", type=str, default="nano", help="nano (shipped), a folder or a Hub id")
+def _parser(description: str, **options: Any) -> Any:
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(exit_on_error=False, description=description, **options)
+
+
+def _device_options(parser: Any) -> None:
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, mps; auto takes the fastest")
     parser.add_argument(
         "--dtype", type=str, default="auto", help="float32, bfloat16, float16 or int8; auto: by the device"
@@ -144,15 +144,14 @@ def _model_options(parser: Any) -> None:
 
 
 def _answer_options(parser: Any) -> None:
-    _model_options(parser)
+    parser.add_argument("--model", type=str, default="nano", help="nano (shipped), a folder or a Hub id")
+    _device_options(parser)
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest word; above 0 samples")
 
 
 def _ask() -> Any:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False, description="Answer a question about an image.")
+    parser = _parser("Answer a question about an image.")
     parser.add_argument("image", type=str, help="an image file")
     parser.add_argument("question", type=str)
     _answer_options(parser)
@@ -160,18 +159,14 @@ def _ask() -> Any:
 
 
 def _chat() -> Any:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False, description="Talk about images. /image PATH, /reset, /quit.")
+    parser = _parser("Talk about images. /image PATH, /reset, /quit.")
     parser.add_argument("image", type=str, nargs="?", default=None, help="an image file to begin with")
     _answer_options(parser)
     return parser
 
 
 def _train() -> Any:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False, description="Run a recipe, or a pipeline of recipes.")
+    parser = _parser("Run a recipe, or a pipeline of recipes.")
     parser.add_argument(
         "--config", type=str, default=None, metavar="RECIPE", help="the recipe, where it is not the first word"
     )
@@ -190,9 +185,7 @@ def _train() -> Any:
 
 
 def _scenes() -> Any:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False, description="Draw scenes and write them with captions and questions.")
+    parser = _parser("Draw scenes and write them with captions and questions.")
     parser.add_argument("output", type=str, help="folder to write to; it must not be there yet")
     parser.add_argument("--kind", type=str, default="all", help="llava-stage1, llava-stage2, a benchmark, or all")
     parser.add_argument("--count", type=int, default=1000, help="pictures of each kind")
@@ -203,9 +196,7 @@ def _scenes() -> Any:
 
 
 def _check() -> Any:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False, description="Look at a training file and its pictures before a run.")
+    parser = _parser("Look at a training file and its pictures before a run.")
     parser.add_argument("file", type=str, help="LLaVA JSON, JSON lines (.jsonl), or parquet (a file or a folder)")
     parser.add_argument("--images", type=str, default=None, help="the folder that the image paths of JSON start from")
     parser.add_argument("--report", type=str, default=None, help="write all that was found to this JSON file")
@@ -216,9 +207,7 @@ def _check() -> Any:
 
 
 def _eval() -> Any:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False, description="Answer benchmarks and score the answers.")
+    parser = _parser("Answer benchmarks and score the answers.")
     parser.add_argument("model", type=str, nargs="?", default="nano", help="nano (shipped), a folder or a Hub id")
     parser.add_argument("--tasks", type=str, default=None, help="comma-separated, such as pope,gqa; default: all")
     parser.add_argument("--data", type=str, default=None, help="folder of the benchmarks")
@@ -230,18 +219,13 @@ def _eval() -> Any:
     parser.add_argument("--prompts", type=str, action="append", metavar="TASK=VARIANT", help="a named prompt variant")
     parser.add_argument("--batch-size", type=int, default=64, help="questions answered at a time")
     parser.add_argument("--limit", type=int, default=None, help="only the first so many questions of a task")
-    parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, mps; auto takes the fastest")
-    parser.add_argument(
-        "--dtype", type=str, default="auto", help="float32, bfloat16, float16 or int8; auto: by the device"
-    )
+    _device_options(parser)
     _scoring_options(parser)
     return parser
 
 
 def _score() -> Any:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False, description="Score answers as the benchmark's official tool does.")
+    parser = _parser("Score answers as the benchmark's official tool does.")
     parser.add_argument("task", type=str, help="vqav2, gqa, ... (vlmamba eval --check . lists them), or own")
     parser.add_argument("--predictions", type=str, required=True, help="our answers, LLaVA's, or a submission file")
     parser.add_argument(
@@ -254,9 +238,7 @@ def _score() -> Any:
 
 
 def _report() -> Any:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False, description="Write an evaluation as one self-contained HTML page.")
+    parser = _parser("Write an evaluation as one self-contained HTML page.")
     parser.add_argument("run", type=str, help="folder that vlmamba eval wrote, or a result file")
     parser.add_argument("--output", type=str, default="report.html", help="the page")
     parser.add_argument("--compare", type=str, default=None, help="another run, question by question")
@@ -276,12 +258,7 @@ def _scoring_options(parser: Any) -> None:
 
 
 def _verify() -> Any:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        exit_on_error=False,
-        description="Load a Mamba and a vision encoder, ours and transformers', and compare them in float32.",
-    )
+    parser = _parser("Load a Mamba and a vision encoder, ours and transformers', and compare them in float32.")
     parser.add_argument("language", type=str, help="folder or Hub id of a Mamba, such as state-spaces/mamba-130m")
     parser.add_argument("vision", type=str, help="folder or Hub id of a CLIP or SigLIP")
     parser.add_argument("--image", type=str, default=None, help="the picture to compare on; default: a drawn one")
