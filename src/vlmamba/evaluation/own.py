@@ -96,7 +96,6 @@ class OwnData(Task):
 
     name = "own"
     title = "own data"
-    version = 1
     source = "See the layout in the documentation of OwnData"
     metric = "exact"
 

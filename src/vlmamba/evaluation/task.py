@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from vlmamba.evaluation.files import find
 from vlmamba.evaluation.scoring.mmbench import Rule
 
 if TYPE_CHECKING:
@@ -112,11 +113,13 @@ class Task(ABC):
     """A benchmark. Subclasses document the folder's layout, as it is downloaded, in their docstring.
 
     metric: what the headline is. version goes up whenever prompts or scores change. paper: the published VL-Mamba's
-    headline. variants: the named prompt variants, the first is the default."""
+    headline. variants: the named prompt variants, the first is the default. files: where the annotations are one file,
+    its name as it is downloaded, then patterns of others that it may have."""
 
     name: ClassVar[str]
     title: ClassVar[str]
-    version: ClassVar[int]
+    version: ClassVar[int] = 1
+    files: ClassVar[tuple[str, ...]] = ()
     metric: str
     paper: ClassVar[float | None] = None
     max_new_tokens: int = 128
@@ -127,9 +130,16 @@ class Task(ABC):
     # Sub-folders of a common data folder that may hold this benchmark; the folder itself may as well.
     folders: ClassVar[tuple[str, ...]] = ()
 
-    @abstractmethod
     def annotations(self, folder: Path) -> list[str]:
         """Which annotation files are missing from `folder`, a line each that names them; empty when none is."""
+        return [] if find(folder, *self.files) else [f"{self.files[0]} is missing"]
+
+    def annotation_file(self, folder: Path) -> Path:
+        """The one of `files` that is there; ValueError as `require_folder` raises it."""
+        self.require_folder(folder)
+        path = find(folder, *self.files)
+        assert path is not None
+        return path
 
     @abstractmethod
     def examples(self, folder: Path, variant: str) -> list[Example]:

@@ -28,25 +28,23 @@ class GQA(Task):
 
     name = "gqa"
     folders = ("gqa", "GQA")
+    files = (
+        "testdev_balanced_questions.json",
+        "*/testdev_balanced_questions.json",
+        "*testdev*questions.json",
+        "*_questions.json",
+    )
     title = "GQA"
-    version = 1
     metric = "accuracy"
     paper = 56.2
     source = "Questions and images are at https://cs.stanford.edu/people/dorarad/gqa/download.html"
 
-    def _file(self, folder: Path) -> Path | None:
-        name = "testdev_balanced_questions.json"
-        return find(folder, name, f"*/{name}", "*testdev*questions.json", "*_questions.json")
-
     def annotations(self, folder: Path) -> list[str]:
-        path = self._file(folder)
-        foreign = path is not None and "OpenEnded" in path.name
-        return [] if path and not foreign else ["testdev_balanced_questions.json is missing"]
+        path = find(folder, *self.files)
+        return [f"{self.files[0]} is missing"] if path and "OpenEnded" in path.name else super().annotations(folder)
 
     def examples(self, folder: Path, variant: str) -> list[Example]:
-        self.require_folder(folder)
-        path = self._file(folder)
-        assert path is not None
+        path = self.annotation_file(folder)
         questions = require_table(load_json(path), str(path))
         needed = ["question", "imageId", "answer", "isBalanced", "types", "semantic", "groups", "entailed"]
         for qid, item in questions.items():

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlmamba.evaluation.files import find, require
+from vlmamba.evaluation.files import require
 from vlmamba.evaluation.scoring.mmbench import COPY_STRIDE, infer_option, options_of, score_mmbench
 from vlmamba.evaluation.task import OPTION_LETTER, Example, Joined, Options, Outcome, Prediction, Score, Task
 
@@ -81,25 +81,18 @@ class MMBench(Task):
 
     name = "mmbench"
     folders = ("mmbench", "MMBench")
+    files = (
+        *("mmbench_dev_20230712.tsv", "mmbench_dev_2*.tsv", "mmbench_dev_en*.tsv", "MMBench_DEV_EN*.tsv"),
+        *("*mmbench*dev*.tsv", "*.tsv"),
+    )
     title = "MMBench"
-    version = 1
     metric = "circular accuracy"
     paper = 57.0
     max_new_tokens = 1024
     source = "The table is at https://download.openmmlab.com/mmclassification/datasets/mmbench/mmbench_dev_20230712.tsv"
 
-    def _file(self, folder: Path) -> Path | None:
-        return find(
-            folder, "mmbench_dev_2*.tsv", "mmbench_dev_en*.tsv", "MMBench_DEV_EN*.tsv", "*mmbench*dev*.tsv", "*.tsv"
-        )
-
-    def annotations(self, folder: Path) -> list[str]:
-        return [] if self._file(folder) else ["mmbench_dev_20230712.tsv is missing"]
-
     def examples(self, folder: Path, variant: str) -> list[Example]:
-        self.require_folder(folder)
-        path = self._file(folder)
-        assert path is not None
+        path = self.annotation_file(folder)
         rows = _cells(path)
         if not rows:
             raise ValueError(f"{path} has no rows")

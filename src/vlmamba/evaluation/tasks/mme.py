@@ -37,7 +37,6 @@ class MME(Task):
     name = "mme"
     folders = ("mme", "MME")
     title = "MME"
-    version = 1
     metric = "perception"
     paper = 1369.6
     source = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmamba.evaluation.files import dump_json, find, image_root, load_json, require, require_table, write_atomically
+from vlmamba.evaluation.files import dump_json, image_root, load_json, require, require_table, write_atomically
 from vlmamba.evaluation.scoring.mmvet import grade, judge_prompt, score_mmvet
 from vlmamba.evaluation.task import Example, Joined, Options, Outcome, Prediction, Score, Task
 
@@ -33,23 +33,15 @@ class MMVet(Task):
 
     name = "mmvet"
     folders = ("mmvet", "mm-vet", "MM-Vet")
+    files = ("mm-vet.json", "mm-vet/mm-vet.json")
     title = "MM-Vet"
-    version = 1
     metric = "total"
     paper = 32.6
     max_new_tokens = 1024
     source = "mm-vet.zip is at https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip"
 
-    def _file(self, folder: Path) -> Path | None:
-        return find(folder, "mm-vet.json", "mm-vet/mm-vet.json")
-
-    def annotations(self, folder: Path) -> list[str]:
-        return [] if self._file(folder) else ["mm-vet.json is missing"]
-
     def examples(self, folder: Path, variant: str) -> list[Example]:
-        self.require_folder(folder)
-        path = self._file(folder)
-        assert path is not None
+        path = self.annotation_file(folder)
         table = require_table(load_json(path), str(path))
         for qid, item in table.items():
             require(item, ["imagename", "question", "answer", "capability"], f"{path}, {qid}")

@@ -27,7 +27,6 @@ class POPE(Task):
     name = "pope"
     folders = ("pope", "POPE")
     title = "POPE"
-    version = 1
     metric = "mean F1"
     paper = 84.4
     source = (

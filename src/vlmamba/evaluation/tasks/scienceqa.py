@@ -24,7 +24,6 @@ class ScienceQA(Task):
     name = "scienceqa"
     folders = ("scienceqa", "ScienceQA", "sqa")
     title = "ScienceQA-IMG"
-    version = 1
     metric = "IMG accuracy"
     paper = 65.4
     max_new_tokens = 1024

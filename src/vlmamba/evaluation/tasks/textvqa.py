@@ -40,19 +40,13 @@ class TextVQA(Task):
 
     name = "textvqa"
     folders = ("textvqa", "TextVQA")
+    files = ("TextVQA_0.5.1_val.json", "TextVQA*_val.json")
     title = "TextVQA"
-    version = 1
     metric = "accuracy"
     paper = 48.9
     variants = ("ocr-after", "ocr-before", "no-ocr")
     scoring_variant = "no-ocr"
     source = "Annotations, Rosetta OCR tokens and images (train_val_images.zip) are at https://textvqa.org/dataset"
-
-    def _file(self, folder: Path) -> Path | None:
-        return find(folder, "TextVQA_0.5.1_val.json", "TextVQA*_val.json")
-
-    def annotations(self, folder: Path) -> list[str]:
-        return [] if self._file(folder) else ["TextVQA_0.5.1_val.json is missing"]
 
     def _ocr(self, folder: Path) -> Mapping[Any, str] | None:
         """Tokens as they stand in the prompt, by image id or by (image id, question); None without a file."""
@@ -74,9 +68,7 @@ class TextVQA(Task):
         return table
 
     def examples(self, folder: Path, variant: str) -> list[Example]:
-        self.require_folder(folder)
-        path = self._file(folder)
-        assert path is not None
+        path = self.annotation_file(folder)
         items = require_list(require(load_json(path), ["data"], str(path))["data"], f"{path}, data")
         for item in items:
             require(item, ["question_id", "question", "image_id", "answers"], str(path))

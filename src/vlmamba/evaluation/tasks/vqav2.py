@@ -29,7 +29,6 @@ class VQAv2(Task):
     name = "vqav2"
     folders = ("vqav2", "VQAv2")
     title = "VQAv2"
-    version = 1
     metric = "accuracy"
     paper = 76.6
     variants = ("llava", "llava-test-dev")
