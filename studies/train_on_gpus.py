@@ -41,7 +41,7 @@ class Row:
 ROWS = [
     Row("stage 1", 1, "--stage 1", 120),  # the first one compiles the kernels for all
     Row("stage 2", 1, "--stage 2"),
-    Row("equality", 2, "", 60, "train_equality.py"),
+    Row("equality", 2, "", 100, "train_equality.py"),
     Row("stage 1, DDP", 2, "--stage 1 --parallel ddp"),
     # What the gradients' buckets take beside the activations is made up for by a tenth of the blocks.
     Row("stage 2, DDP", 2, "--stage 2 --parallel ddp --recompute 0.1"),
