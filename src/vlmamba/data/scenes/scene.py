@@ -115,6 +115,10 @@ class Chart:
     face: int
 
 
+def _items_of(*kinds: str) -> cached_property[list[Item]]:
+    return cached_property(lambda scene: [i for i in scene.items if i.kind in kinds])
+
+
 @dataclass
 class Scene:
     """All that is in one picture. `kind`: "crowd", "rows", "free", "odd", "text", "table" or "chart"."""
@@ -133,25 +137,11 @@ class Scene:
     grid: tuple[int, int] | None = None
     held_out: bool = False
 
-    @cached_property
-    def things(self) -> list[Item]:
-        return [i for i in self.items if i.kind == "thing"]
-
-    @cached_property
-    def shapes(self) -> list[Item]:
-        return [i for i in self.items if i.kind == "shape"]
-
-    @cached_property
-    def objects(self) -> list[Item]:
-        return [i for i in self.items if i.kind in ("thing", "shape")]
-
-    @cached_property
-    def words(self) -> list[Item]:
-        return [i for i in self.items if i.kind == "word"]
-
-    @cached_property
-    def numbers(self) -> list[Item]:
-        return [i for i in self.items if i.kind == "number"]
+    things = _items_of("thing")
+    shapes = _items_of("shape")
+    objects = _items_of("thing", "shape")
+    words = _items_of("word")
+    numbers = _items_of("number")
 
     @cached_property
     def counts(self) -> Counter[tuple[str, ...]]:
