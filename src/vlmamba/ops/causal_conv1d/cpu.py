@@ -21,14 +21,9 @@ UPDATES = 6  # what one output costs, in units of the scan's state updates
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    return_final_state: bool,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None,
+    seq_idx: Tensor | None, return_final_state: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns y (B, L, D) and the last W - 1 inputs (B, W-1, D), both in x's dtype; the second empty if not wanted."""
     batch, length, _ = x.shape
     before = None if initial_state is None else initial_state.transpose(1, 2)[:, None]
@@ -42,15 +37,9 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    dy: Tensor, dfinal_state: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
+    initial_state: Tensor | None, seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of (x, weight, bias, initial_state)."""
     if dfinal_state is not None or initial_state is not None:
         # Gradients across a state are for tests of exactness: no training passes one. The plain form will do.
@@ -68,14 +57,9 @@ def backward(
 
 
 def conv_rows(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    before: Tensor | None,
-    rows: Sequence[Extent],
-    walks: Sequence[np.ndarray],
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, before: Tensor | None,
+    rows: Sequence[Extent], walks: Sequence[np.ndarray],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x (B, K or 1, L, D), weight (K, D, W), bias (K, D), before (B, K, D, W-1) to y (B, K, L, D) and the windows
     (B, K, blocks, W-1, lanes) after the rows, all float32."""
     chunks = [row.chunks() for row in rows]
@@ -83,14 +67,9 @@ def conv_rows(
 
 
 def conv_rows_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    rows: Sequence[Extent],
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, rows: Sequence[Extent],
     walks: Sequence[np.ndarray],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dy (B, K, L, D); the rest as in `conv_rows`. Gradients of x (B, K, L, D), weight (K, D, W) and bias (K, D)."""
     orders, channels, taps = weight.shape
     cut = Cut(channels, native.host().lanes)
@@ -107,17 +86,10 @@ def conv_rows_backward(
 
 
 def _run(
-    direction: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    before: Tensor | None,
-    rows: Sequence[Extent],
-    walks: Sequence[np.ndarray] | Sequence[Sequence[np.ndarray]],
-    chunks: Sequence[np.ndarray],
+    direction: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, before: Tensor | None,
+    rows: Sequence[Extent], walks: Sequence[np.ndarray] | Sequence[Sequence[np.ndarray]], chunks: Sequence[np.ndarray],
     gradients: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Walks are given for every order, or for every row and order."""
     orders, channels, taps = weight.shape
     batch, _, length, _ = x.shape

@@ -12,14 +12,9 @@ from vlmamba.ops.selective_scan.reference import compute_dtype, restarts
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    return_final_state: bool,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None,
+    seq_idx: Tensor | None, return_final_state: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns y (B, L, D) and the last W - 1 inputs (B, W-1, D), both in x's dtype; the second empty if not wanted."""
     taps = weight.shape[1]
     full = _full(x, taps, initial_state, seq_idx)
@@ -37,15 +32,9 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    dy: Tensor, dfinal_state: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
+    initial_state: Tensor | None, seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of (x, weight, bias, initial_state)."""
     taps = weight.shape[1]
     length = x.shape[1]

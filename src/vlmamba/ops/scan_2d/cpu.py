@@ -31,15 +31,9 @@ def conv_forward(
 
 
 def conv_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    h: int,
-    w: int,
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, h: int, w: int,
     orders: list[int],
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of (x, weight, bias)."""
     rows = extents(None, x.shape[0], h * w)
     walks = _walks(h, w, tuple(orders))
@@ -48,18 +42,9 @@ def conv_backward(
 
 
 def scan_forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    h: int,
-    w: int,
-    orders: list[int],
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool,
+    h: int, w: int, orders: list[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns y (B, P, D), the sum over orders, and the states kept for backward."""
     rows = scan.make_rows(x, dt, A, B, C, D, None, dt_bias, dt_softplus, None, _walks(h, w, tuple(orders)))
     y, _, saved = scan.scan_rows(rows, None)
@@ -67,20 +52,9 @@ def scan_forward(
 
 
 def scan_backward(
-    dy: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    h: int,
-    w: int,
-    orders: list[int],
-    saved: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    dy: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+    dt_softplus: bool, h: int, w: int, orders: list[int], saved: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of (x, dt, A, B, C, D, dt_bias)."""
     rows = scan.make_rows(x, dt, A, B, C, D, None, dt_bias, dt_softplus, None, _walks(h, w, tuple(orders)))
     found = scan.scan_rows_backward(rows, dy[:, None], None, saved)

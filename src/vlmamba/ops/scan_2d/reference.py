@@ -39,15 +39,9 @@ def conv_forward(
 
 
 def conv_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    h: int,
-    w: int,
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, h: int, w: int,
     orders: list[int],
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of (x, weight, bias)."""
     dx = torch.zeros(x.shape, dtype=scan.compute_dtype(x), device=x.device)
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
@@ -64,18 +58,9 @@ def conv_backward(
 
 
 def scan_forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    h: int,
-    w: int,
-    orders: list[int],
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool,
+    h: int, w: int, orders: list[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns y (B, P, D), the sum over orders, and the states kept for backward."""
     batch, _, patches, channels = x.shape
     dtype = scan.compute_dtype(x)
@@ -92,20 +77,9 @@ def scan_forward(
 
 
 def scan_backward(
-    dy: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    h: int,
-    w: int,
-    orders: list[int],
-    saved: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    dy: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+    dt_softplus: bool, h: int, w: int, orders: list[int], saved: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of (x, dt, A, B, C, D, dt_bias)."""
     dx, ddt, dA, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, A, B, C))
     dD, dbias = (None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (D, dt_bias))

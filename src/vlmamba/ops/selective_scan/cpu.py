@@ -41,19 +41,9 @@ def saved_shape(batch: int, length: int, channels: int, states: int, orders: int
 
 
 def forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    return_final_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+    dt_softplus: bool, initial_state: Tensor | None, seq_idx: Tensor | None, return_final_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns y (B, L, D) in x's dtype, the final state (B, D, N) or an empty tensor, and the kept states."""
     rows = _one_order(x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx)
     y, state, saved = scan_rows(rows, None if initial_state is None else initial_state[:, None])
@@ -62,21 +52,10 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
+    dy: Tensor, dfinal_state: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool, initial_state: Tensor | None, seq_idx: Tensor | None,
     saved: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of (x, dt, A, B, C, D, z, dt_bias, initial_state), None for what was not given."""
     rows = _one_order(x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx)
     dfinal = None if dfinal_state is None else dfinal_state[:, None]
@@ -214,18 +193,9 @@ def scan_rows_backward(rows: Rows, dy: Tensor, dfinal_state: Tensor | None, save
 
 
 def make_rows(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    seq_idx: Tensor | None,
-    walks: Sequence[np.ndarray],
-) -> Rows:
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+    dt_softplus: bool, seq_idx: Tensor | None, walks: Sequence[np.ndarray],
+) -> Rows:  # fmt: skip
     """From x, dt (B, K, L, D), A (K, D, N), B, C (B, K, L, N), D, dt_bias (K, D), z (B, 1, L, D), seq_idx (B, L)."""
     batch, orders, length, channels = x.shape
     cut = Cut(channels, native.host().lanes)
@@ -246,17 +216,9 @@ def make_rows(
 
 
 def _one_order(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    seq_idx: Tensor | None,
-) -> Rows:
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+    dt_softplus: bool, seq_idx: Tensor | None,
+) -> Rows:  # fmt: skip
     x, dt, B, C = (t[:, None] for t in (x, dt, B, C))
     D, dt_bias = (None if t is None else t[None] for t in (D, dt_bias))
     z = None if z is None else z[:, None]

@@ -51,19 +51,9 @@ def saved_shape(batch: int, length: int, channels: int, states: int) -> tuple[in
 
 
 def forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    return_final_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+    dt_softplus: bool, initial_state: Tensor | None, seq_idx: Tensor | None, return_final_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns y (B, L, D) in x's dtype, the final state (B, D, N) or an empty tensor, and the kept states."""
     inputs = _inputs(x, dt, A, B, C, z, dt_bias, dt_softplus, seq_idx)
     batch, length, channels = x.shape
@@ -87,21 +77,10 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
+    dy: Tensor, dfinal_state: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool, initial_state: Tensor | None, seq_idx: Tensor | None,
     saved: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of (x, dt, A, B, C, D, z, dt_bias, initial_state), None for what was not given."""
     inputs = _inputs(x, dt, A, B, C, z, dt_bias, dt_softplus, seq_idx)
     batch, length, channels = x.shape
@@ -177,16 +156,9 @@ def _sigmoid(v: Tensor) -> Tensor:
 
 
 def _inputs(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool,
     seq_idx: Tensor | None,
-) -> Inputs:
+) -> Inputs:  # fmt: skip
     dtype = compute_dtype(x)
     valid = restart = None
     if seq_idx is not None:

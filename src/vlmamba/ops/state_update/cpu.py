@@ -17,18 +17,9 @@ from vlmamba.ops.state_update.kernels import Arg
 
 
 def forward(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    slots: Tensor | None,
-) -> Tensor:
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, dt_softplus: bool, slots: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Advances state (S, D, N) by one token and returns y (B, D) in x's dtype."""
     if not _in_place(state):
         return reference.forward(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, slots)

@@ -12,18 +12,9 @@ from vlmamba.ops.selective_scan.reference import compute_dtype, softplus
 
 
 def forward(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    slots: Tensor | None,
-) -> Tensor:
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, dt_softplus: bool, slots: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Advances state (S, D, N) by one token and returns y (B, D) in x's dtype."""
     dtype = compute_dtype(x)
     x_BD, dt_BD, B_BN, C_BN = (t.to(dtype) for t in (x, dt, B, C))
