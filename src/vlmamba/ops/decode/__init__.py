@@ -142,14 +142,9 @@ class Buffers:
 
 
 def step(
-    layers: Sequence[Layer],
-    head: Head,
-    conv: Sequence[Tensor],
-    ssm: Sequence[Tensor],
-    buffers: Buffers,
-    plan: Plan,
+    layers: Sequence[Layer], head: Head, conv: Sequence[Tensor], ssm: Sequence[Tensor], buffers: Buffers, plan: Plan,
     implementation: str | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """One token for every row of `buffers.tokens`: states move on, logits and next tokens are left in the buffers.
 
     Args:
@@ -164,31 +159,15 @@ def step(
     else:
         _layers(form, layers, head, conv, ssm, buffers, plan)
     form.choose(
-        buffers.logits,
-        buffers.temperature,
-        buffers.seed,
-        buffers.stops,
-        buffers.limits,
-        buffers.count,
-        buffers.history,
-        buffers.tokens,
-        buffers.slots,
-        buffers.best,
-        buffers.where,
-        len(ssm[0]) - 1,
-        plan,
-    )
+        buffers.logits, buffers.temperature, buffers.seed, buffers.stops, buffers.limits, buffers.count,
+        buffers.history, buffers.tokens, buffers.slots, buffers.best, buffers.where, len(ssm[0]) - 1, plan,
+    )  # fmt: skip
 
 
 def _fused_layers(
-    form: ModuleType,
-    layers: Sequence[Layer],
-    head: Head,
-    conv: Sequence[Tensor],
-    ssm: Sequence[Tensor],
-    buffers: Buffers,
-    plan: Plan,
-) -> None:
+    form: ModuleType, layers: Sequence[Layer], head: Head, conv: Sequence[Tensor], ssm: Sequence[Tensor],
+    buffers: Buffers, plan: Plan,
+) -> None:  # fmt: skip
     """From the residual stream to the logits: norms, sums and the convolution inside other kernels."""
     for layer, conv_state, ssm_state in zip(layers, conv, ssm, strict=True):
         into, out = layer.in_proj, layer.out_proj
@@ -196,63 +175,31 @@ def _fused_layers(
         form.linear(buffers.hidden, into.weight, into.scale, buffers.xz, layer.norm, layer.eps, False, plan)
         form.extract(buffers.xz, conv_state, *convolution, layer.x_proj, buffers.features, plan)
         form.advance(
-            buffers.features,
-            buffers.xz,
-            conv_state,
-            ssm_state,
-            *convolution,
-            layer.dt_proj,
-            layer.dt_bias,
-            layer.A,
-            layer.D,
-            buffers.y,
-            plan,
-        )
+            buffers.features, buffers.xz, conv_state, ssm_state, *convolution, layer.dt_proj, layer.dt_bias, layer.A,
+            layer.D, buffers.y, plan,
+        )  # fmt: skip
         form.linear(buffers.y, out.weight, out.scale, buffers.hidden, None, 0.0, True, plan)
     last = head.matrix
     form.linear(buffers.hidden, last.weight, last.scale, buffers.logits, head.norm, head.eps, False, plan)
 
 
 def _layers(
-    form: ModuleType,
-    layers: Sequence[Layer],
-    head: Head,
-    conv: Sequence[Tensor],
-    ssm: Sequence[Tensor],
-    buffers: Buffers,
-    plan: Plan,
-) -> None:
+    form: ModuleType, layers: Sequence[Layer], head: Head, conv: Sequence[Tensor], ssm: Sequence[Tensor],
+    buffers: Buffers, plan: Plan,
+) -> None:  # fmt: skip
     """The same, one thing at a time."""
     pending = None  # a part of the residual stream not yet added to it
     for layer, conv_state, ssm_state in zip(layers, conv, ssm, strict=True):
         form.normalise(buffers.hidden, pending, layer.norm, layer.eps, buffers.normed, plan)
         _multiply(form, buffers.normed, layer.in_proj, buffers.xz, plan)
         form.mix(
-            buffers.xz,
-            conv_state,
-            buffers.slots,
-            layer.conv_weight,
-            layer.conv_bias,
-            layer.x_proj,
-            buffers.x,
-            buffers.partial,
-            buffers.features,
-            plan,
-        )
+            buffers.xz, conv_state, buffers.slots, layer.conv_weight, layer.conv_bias, layer.x_proj, buffers.x,
+            buffers.partial, buffers.features, plan,
+        )  # fmt: skip
         form.recur(
-            buffers.features,
-            buffers.xz,
-            buffers.x,
-            buffers.dt,
-            ssm_state,
-            buffers.slots,
-            layer.dt_proj,
-            layer.dt_bias,
-            layer.A,
-            layer.D,
-            buffers.y,
-            plan,
-        )
+            buffers.features, buffers.xz, buffers.x, buffers.dt, ssm_state, buffers.slots, layer.dt_proj,
+            layer.dt_bias, layer.A, layer.D, buffers.y, plan,
+        )  # fmt: skip
         _multiply(form, buffers.y, layer.out_proj, buffers.delta, plan)
         pending = buffers.delta
     form.normalise(buffers.hidden, pending, head.norm, head.eps, buffers.normed, plan)

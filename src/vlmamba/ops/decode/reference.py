@@ -34,15 +34,9 @@ def normalise(h: Tensor, delta: Tensor | None, norm: Tensor, eps: float, out: Te
 
 
 def extract(
-    xz: Tensor,
-    conv_state: Tensor,
-    slots: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    weight: Tensor,
-    features: Tensor,
-    plan: Plan,
-) -> None:
+    xz: Tensor, conv_state: Tensor, slots: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, weight: Tensor,
+    features: Tensor, plan: Plan,
+) -> None:  # fmt: skip
     """features (B, F) = weight (F, D) @ silu(conv(x)). The conv state is only read."""
     x = xz[:, : weight.shape[1]].to(compute_dtype(xz))
     v = update.conv_forward(conv_state[slots.long()], x, conv_weight, conv_bias, "silu", None)
@@ -50,20 +44,9 @@ def extract(
 
 
 def advance(
-    features: Tensor,
-    xz: Tensor,
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    slots: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    y: Tensor,
-    plan: Plan,
-) -> None:
+    features: Tensor, xz: Tensor, conv_state: Tensor, ssm_state: Tensor, slots: Tensor, conv_weight: Tensor,
+    conv_bias: Tensor | None, weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, y: Tensor, plan: Plan,
+) -> None:  # fmt: skip
     """One token of the recurrence on `slots` (B,) of conv_state (S, W-1, D) and ssm_state (S, D, N), in place.
 
     features (B, F): dt (low rank), B and C; weight (D, R): dt_proj; xz (B, 2 D): x, not yet convolved, and the gate z;
@@ -75,17 +58,9 @@ def advance(
 
 
 def mix(
-    xz: Tensor,
-    conv_state: Tensor,
-    slots: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    weight: Tensor,
-    x: Tensor,
-    partial: Tensor,
-    features: Tensor,
-    plan: Plan,
-) -> None:
+    xz: Tensor, conv_state: Tensor, slots: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, weight: Tensor,
+    x: Tensor, partial: Tensor, features: Tensor, plan: Plan,
+) -> None:  # fmt: skip
     """x (B, D) = silu(conv(the first half of xz (B, 2 D))), the conv_state (S, W-1, D) at `slots` (B,) moves on, and
     features (B, F) = weight (F, D) @ x; partial is not needed here."""
     new = xz[:, : weight.shape[1]].to(compute_dtype(xz))
@@ -94,36 +69,18 @@ def mix(
 
 
 def recur(
-    features: Tensor,
-    xz: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    ssm_state: Tensor,
-    slots: Tensor,
-    weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    y: Tensor,
-    plan: Plan,
-) -> None:
+    features: Tensor, xz: Tensor, x: Tensor, dt: Tensor, ssm_state: Tensor, slots: Tensor, weight: Tensor,
+    dt_bias: Tensor, A: Tensor, D: Tensor, y: Tensor, plan: Plan,
+) -> None:  # fmt: skip
     """One token of the recurrence on `slots` (B,) of ssm_state (S, D, N), in place, after `mix`; dt is not needed
     here."""
     _recur(features, xz, x.to(compute_dtype(xz)), ssm_state, slots, weight, dt_bias, A, D, y)
 
 
 def _recur(
-    features: Tensor,
-    xz: Tensor,
-    x: Tensor,
-    ssm_state: Tensor,
-    slots: Tensor,
-    weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    y: Tensor,
-) -> None:
+    features: Tensor, xz: Tensor, x: Tensor, ssm_state: Tensor, slots: Tensor, weight: Tensor, dt_bias: Tensor,
+    A: Tensor, D: Tensor, y: Tensor,
+) -> None:  # fmt: skip
     (dim, rank), states = weight.shape, A.shape[1]
     low, B, C = features.split([rank, states, states], dim=-1)
     dt = low @ weight.to(low.dtype).t()
@@ -132,20 +89,9 @@ def _recur(
 
 
 def choose(
-    logits: Tensor,
-    temperature: Tensor,
-    seed: Tensor,
-    stops: Tensor,
-    limits: Tensor,
-    count: Tensor,
-    history: Tensor,
-    tokens: Tensor,
-    slots: Tensor,
-    best: Tensor,
-    where: Tensor,
-    spare: int,
-    plan: Plan,
-) -> None:
+    logits: Tensor, temperature: Tensor, seed: Tensor, stops: Tensor, limits: Tensor, count: Tensor, history: Tensor,
+    tokens: Tensor, slots: Tensor, best: Tensor, where: Tensor, spare: int, plan: Plan,
+) -> None:  # fmt: skip
     """tokens (B,) = the next token of each row of logits (B, V): the likeliest where temperature (B,) is 0, else drawn
     with seed (B,). Only the first limits[0] tokens count, number limits[1] (-1: none) never. history (B, capacity) at
     count (B,) takes it too, and count moves on. A row whose token is among `stops` has ended: its slot becomes `spare`,
