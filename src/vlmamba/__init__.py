@@ -6,22 +6,15 @@ Importing the package costs nothing: names load on first use. After `import vlma
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
+from vlmamba import models
 from vlmamba.models.registration import install as _register_with_transformers
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "VLMambaConfig": "vlmamba.models",
-    "VLMambaForConditionalGeneration": "vlmamba.models",
-    "VLMambaProcessor": "vlmamba.models",
-    "VLMambaForCausalLM": "vlmamba.models",
-    "MambaState": "vlmamba.models",
-}
-__all__ = ["__version__", "nano", *_HOME]
+__all__ = ["__version__", "nano", *models.__all__]
 
 
 def nano() -> str:
@@ -30,9 +23,9 @@ def nano() -> str:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in models.__all__:
         raise AttributeError(f"module 'vlmamba' has no attribute {name!r}; it offers {', '.join(__all__)}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(models, name)
 
 
 def __dir__() -> list[str]:

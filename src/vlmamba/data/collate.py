@@ -5,7 +5,7 @@ Shapes: B rows, L length, I images, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -57,21 +57,14 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """A copy on `device`; pinned memory travels in the background."""
-        moved = {
-            name: None if value is None else value.to(device, non_blocking=True)
-            for name in ("input_ids", "labels", "seq_idx", "pixels")
-            for value in [getattr(self, name)]
-        }
-        return replace(self, **moved)  # type: ignore[arg-type]
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Called by torch's loader where the device is CUDA."""
-        pinned = {
-            name: None if value is None else value.pin_memory()
-            for name in ("input_ids", "labels", "seq_idx", "pixels")
-            for value in [getattr(self, name)]
-        }
-        return replace(self, **pinned)  # type: ignore[arg-type]
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(self, **{name: change(held) for name, held in vars(self).items() if isinstance(held, Tensor)})
 
 
 def truncate(example: Example, max_length: int, image_token_id: int) -> Example:

@@ -86,8 +86,8 @@ def _head(name: str, sections: Sequence[Section], other: str | None) -> str:
     return f'<h1>{escape(name)}</h1><p class="soft">{escape(" · ".join(map(str, facts)))}</p>{beside}'
 
 
-def _number(value: float | None, unit: str = "") -> str:
-    return "–" if value is None else f"{value:.1f}{unit}"
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
 
 
 def _overview(sections: Sequence[Section]) -> str:

@@ -7,10 +7,10 @@ from typing import Any
 
 _HOME = {
     "VLMambaConfig": "config",
-    "VLMambaForCausalLM": "mamba",
-    "MambaState": "state",
     "VLMambaForConditionalGeneration": "vlm",
     "VLMambaProcessor": "processor",
+    "VLMambaForCausalLM": "mamba",
+    "MambaState": "state",
 }
 __all__ = list(_HOME)
 

@@ -293,7 +293,6 @@ class RowCode(Code):
 
     def block(self, index: ir.Value) -> None:
         """Make a block of channels the block at hand."""
-        self.block_index = index
         self.channel_offset = self.ir.mul(index, self.integer(self.block_bytes))
         self.tail = self.mask(self.ir.sub(self.values[RowArg.CHANNELS], self.ir.mul(index, self.integer(self.lanes))))
 

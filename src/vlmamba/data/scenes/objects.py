@@ -274,7 +274,7 @@ def _groups(
         else:
             made = [new_shape(deck, *deck.pair(), sizes[1:], name) for _ in range(count + 1)]
         noun = name + " shape" if kind in ("colour", "pattern") else name
-        groups.append(Group(kind, plural(noun), noun, count, made[0]))
+        groups.append(Group(kind, plural(noun), count, made[0]))
         members += made[1:]
     return tuple(groups), members
 

@@ -99,7 +99,7 @@ class Asker:
     def shuffled(self, items: Collection[Item]) -> list[Item]:
         return self.rng.sample(list(items), len(items))
 
-    def reference(self, item: Item, hide: str = "", places: bool = True) -> str:
+    def reference(self, item: Item, hide: str = "") -> str:
         """A phrase that fits this item alone, "" where there is none. `hide` is an attribute it must not give away:
         "colour", "shape", "size" or "name" (all that names it)."""
         counts = self.scene.counts
@@ -110,7 +110,7 @@ class Asker:
             options = self._shape_references(item, hide)
         elif item.written and hide != "name":
             options.append(f"the {item.kind} {item.name}")
-        if places and (not options or self.rng.random() < 0.15) and self.alone(item):
+        if (not options or self.rng.random() < 0.15) and self.alone(item):
             noun = item.kind if item.kind in ("thing", "shape") else "text"
             options = [f"the {noun} {at(item.place)}"]
         return self.rng.choice(options) if options else ""

@@ -17,7 +17,6 @@ _PLACES = (
     ("left", "middle", "right"),
     ("bottom left", "bottom", "bottom right"),
 )
-PLACES = tuple(place for row in _PLACES for place in row)
 DIRECTIONS = ("left", "right", "above", "below")
 
 
@@ -77,11 +76,10 @@ class Background:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What a counting question counts: `noun` in the plural, its singular, and how many there are."""
+    """What a counting question counts: a noun in the plural, and how many there are."""
 
     kind: str
     plural: str
-    singular: str
     count: int
     example: Item
 

@@ -39,7 +39,7 @@ def row_major(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def check(op: str, *, on_gpu: bool = True, **tensors: Tensor | None) -> None:
+def check(op: str, **tensors: Tensor | None) -> None:
     """Raise ValueError for what the kernels cannot take: another dtype, or a tensor off the GPU outside the
     interpreter."""
     for name, t in tensors.items():
@@ -53,7 +53,7 @@ def check(op: str, *, on_gpu: bool = True, **tensors: Tensor | None) -> None:
                 f"{op}: {name} is {t.dtype}, but the Triton kernels take float32, bfloat16 and float16; "
                 'convert it or pass implementation="reference"'
             )
-        if on_gpu and not t.is_cuda and not triton.knobs.runtime.interpret:
+        if not t.is_cuda and not triton.knobs.runtime.interpret:
             raise ValueError(
                 f"{op}: {name} is on {t.device}, but the Triton kernels need a GPU; "
                 'move it or pass implementation="reference"'
