@@ -7,7 +7,8 @@
 (`studies/train_on_gpus.py` runs all rows of a machine's table.) Weights are random; everything else is as in the
 paper's stages: SigLIP-SO400M at 384 px, vss-l2 over bsm, the chat templates, and image files (JPEG, 640 px) read,
 decoded and packed by loader processes through the real trainer's parts. `--resume` saves a checkpoint after the steps,
-makes one more step, goes back to the checkpoint and makes it again.
+makes one more step, goes back to the checkpoint and makes it again. `--profile FILE` takes one step more apart into the
+kernels that it spent most time in.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ TOY = SIGLIP | {
 }  # fmt: skip
 SKIP = 2
 """Steps before the clock runs: compilation, allocation, workers."""
+LARGEST = 40
+"""Kernels that a profile names."""
 
 
 def main() -> None:
@@ -84,6 +87,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=8, help="loader processes of each device")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--profile", type=Path, default=None, help="a JSON file: the largest kernels of one more step")
     parser.add_argument("--toy", action="store_true", help="a few thousand parameters, to see that all of it runs")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--wait", action="store_true", help="begin at a line on stdin")
@@ -216,9 +220,13 @@ def measure(config: RunConfig, device: torch.device, world: World, options: argp
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }  # fmt: skip
-    if options.resume:
+    if world.is_main and (options.profile or options.resume):
+        keep(found, options.json)  # in case that what follows fails
+    if options.profile:
+        kernels = profile(step, next(batches), device)
         if world.is_main:
-            keep(found, options.json)  # in case that what follows fails
+            keep(kernels, options.profile)
+    if options.resume:
         found["resume"] = resume(config, step, batches, world)
     feed.close()
     return found
@@ -317,6 +325,31 @@ def resume(config: RunConfig, step: Step, batches: Any, world: World) -> dict[st
         "loss_and_norm": first, "again": second, "same_loss": first[0] == second[0],
         "norm_differs_by": abs(first[1] - second[1]) / first[1],
     }  # fmt: skip
+
+
+def profile(step: Step, micro_batches: list[Batch], device: torch.device) -> dict[str, Any]:
+    """The kernels of a step (on a CPU: torch's operators) by their time, the largest first, and the time of all."""
+    on_gpu = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    _finish(device)
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        began = time.perf_counter()
+        step(micro_batches).read()
+        _finish(device)
+        took = time.perf_counter() - began
+    # Of a CUDA trace also the calls of its runtime are events, of the host.
+    times = [
+        (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count, event.key)
+        for event in profiler.key_averages()
+        if (event.device_type == torch.autograd.DeviceType.CUDA) == on_gpu
+    ]
+    times.sort(reverse=True)
+    return {
+        "step_ms": 1e3 * took,
+        "all_ms": sum(spent for spent, _, _ in times) / 1e3,
+        "tokens": sum(batch.num_tokens for batch in micro_batches),
+        "kernels": [{"ms": spent / 1e3, "calls": calls, "name": name} for spent, calls, name in times[:LARGEST]],
+    }
 
 
 def _finish(device: torch.device) -> None:

@@ -13,6 +13,7 @@ import pytest
 def test_in_miniature(stage: int, tmp_path: Path, monkeypatch, capsys) -> None:
     script = Path(__file__).parents[2] / "studies" / "train_full_size.py"
     command = f"x --toy --device cpu --stage {stage} --resume --json {tmp_path / 'out.json'}"
+    command += f" --profile {tmp_path / 'kernels.json'}"
     monkeypatch.setattr("sys.argv", command.split())
     runpy.run_path(str(script), run_name="__main__")
     found = json.loads((tmp_path / "out.json").read_text())
@@ -21,3 +22,9 @@ def test_in_miniature(stage: int, tmp_path: Path, monkeypatch, capsys) -> None:
     assert 0 <= found["data_wait"] < 1
     assert 0 < found["share_of_product_rate"] < 1
     assert found["images_per_second"] > 0
+    profile = json.loads((tmp_path / "kernels.json").read_text())
+    times = [kernel["ms"] for kernel in profile["kernels"]]
+    assert times == sorted(times, reverse=True)
+    assert 1 < len(times) <= 40
+    assert 0 < sum(times) <= profile["all_ms"] <= 1.01 * profile["step_ms"]
+    assert any("selective_scan" in kernel["name"] for kernel in profile["kernels"])
