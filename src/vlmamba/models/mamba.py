@@ -219,6 +219,7 @@ class VLMambaPreTrainedModel(LoadsStrictly, PreTrainedModel):
     _no_split_modules = ["MambaBlock"]
     _keep_in_fp32_modules_strict = ["ssm"]
     _is_stateful = True
+    _input_embed_layer = "embeddings"
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -268,12 +269,6 @@ class VLMambaBackbone(VLMambaPreTrainedModel):
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings
-
-    def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.embeddings = new_embeddings
 
     def forward(
         self,
@@ -372,12 +367,6 @@ class VLMambaForCausalLM(VLMambaPreTrainedModel, RecurrentGenerationMixin):
         self.backbone = VLMambaBackbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.embeddings
-
-    def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.backbone.embeddings = new_embeddings
 
     def forward(
         self,

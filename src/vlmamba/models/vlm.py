@@ -57,12 +57,6 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, RecurrentGeneratio
 
         return compose(vision, language, **options)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.language_model.set_input_embeddings(new_embeddings)
-
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.lm_head
 

@@ -171,7 +171,8 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -
         ValueError: names every missing, surplus and mis-shaped tensor.
     """
     own = model.state_dict()
-    tied = set(getattr(model, "_tied_weights_keys", None) or {}) if _is_tied(model) else set()
+    is_tied = getattr(model.config, "tie_word_embeddings", False)
+    tied = set(getattr(model, "_tied_weights_keys", None) or {}) if is_tied else set()
     refuse_misfits(
         where,
         [f"{name} {tuple(own[name].shape)}" for name in own if name not in tensors and name not in tied],
@@ -183,11 +184,6 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -
         ],
     )
     model.load_state_dict(dict(tensors), strict=False, assign=True)
-
-
-def _is_tied(model: nn.Module) -> bool:
-    config = getattr(model, "config", None)
-    return bool(getattr(config, "tie_word_embeddings", False))
 
 
 def load_language(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[VLMambaForCausalLM, int | None]:
