@@ -29,7 +29,7 @@ def test_scenes_in_words() -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text(alphabet=st.one_of(st.sampled_from(" \n\t'sab1<>|.é"), st.characters()), max_size=30))
+@given(st.text(alphabet=st.one_of(st.sampled_from(" \n\t'sab1<>|.é"), st.characters(codec="utf-8")), max_size=30))
 def test_any_text(text: str) -> None:
     assert REMEMBERING(text) == plainly(LEARNED, text)
     assert REMEMBERING(text) == plainly(LEARNED, text)  # now from memory
