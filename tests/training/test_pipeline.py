@@ -62,7 +62,7 @@ def test_nano_in_miniature(tmp_path: Path, capsys) -> None:
     capsys.readouterr()
     shutil.rmtree(tmp_path / "out/2-instruct")
     run_pipeline("nano", tmp_path / "out", TINY)
-    assert capsys.readouterr().out.count("finished already") == 4
+    assert capsys.readouterr().out.count("finished already") == 3
 
 
 def test_overrides_are_checked_before_anything_runs(tmp_path: Path) -> None:
