@@ -113,6 +113,24 @@ def test_surplus_rows_are_never_generated():
 
 
 @torch.no_grad()
+def test_more_tokens(tmp_path):
+    """A tokenizer grows: old logits stay, new tokens can be generated, the placeholder never; also after saving."""
+    model = tiny()
+    ids = prompt(5, "image", 7)
+    with torch.no_grad():
+        before = model(ids, pixels(1)).logits
+        model.resize_token_embeddings(70, mean_resizing=False)
+        after = model(ids, pixels(1)).logits
+    assert after.shape[-1] == 70
+    assert torch.equal(after[..., :IMAGE], before[..., :IMAGE])
+    assert torch.isneginf(after[..., IMAGE]).all()
+    assert torch.isfinite(after[..., IMAGE + 1 :]).all()
+    model.save_pretrained(tmp_path)
+    again = VLMambaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids, pixels(1)).logits, after)
+
+
 def test_batched_generation_equals_single_generation():
     model = tiny()
     prompts = [prompt(3, "image", 4, 5), prompt(9), prompt("image", 8, "image", 7), prompt(2, 3, 4)]

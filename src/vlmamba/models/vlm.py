@@ -60,6 +60,17 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, RecurrentGeneratio
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.lm_head
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.lm_head = new_embeddings
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """As transformers', for a tokenizer with more entries: all of them may be generated from now on, but the
+        placeholder of images, which keeps its id."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if new_num_tokens is not None:
+            self.config.num_text_tokens = new_num_tokens
+        return embeddings
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
