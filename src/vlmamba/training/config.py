@@ -60,6 +60,11 @@ class ModelConfig:
     contrastive: Literal["softmax", "sigmoid"] | None = None
     """An encoder trained alone learns which text is a picture's, as CLIP does or as SigLIP."""
 
+    def between(self) -> dict[str, Any]:
+        """What a VLMambaConfig says of how its two parts are joined."""
+        names = ("connector", "scan", "scan_weights", "connector_width", "vision_layer", "vision_cls")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class StageConfig:

@@ -80,13 +80,8 @@ def _whole(config: ModelConfig, earlier: Mapping[str, RunConfig]) -> VLMambaConf
     return VLMambaConfig(
         vision_config=_vision(config.vision, earlier),
         text_config=language,
-        connector=config.connector,
-        scan=config.scan,
-        scan_weights=config.scan_weights,
-        connector_width=config.connector_width,
-        vision_layer=config.vision_layer,
-        vision_cls=config.vision_cls,
         image_token_id=language.vocab_size - 1,
+        **config.between(),
     )
 
 
