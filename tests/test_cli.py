@@ -78,18 +78,13 @@ def test_training_overrides_with_and_without_dashes():
 # ---------------------------------------------------------------------- ask
 
 
+def asking(picture: object, model: object) -> tuple[object, ...]:
+    """Arguments of a short question."""
+    return ("ask", picture, "What is this?", "--model", str(model), "--device", "cpu", "--max-new-tokens", "4")
+
+
 def test_ask_answers(capsys, tiny_model, picture):
-    arguments = (
-        "ask",
-        picture,
-        "What is this?",
-        "--model",
-        str(tiny_model),
-        "--device",
-        "cpu",
-        "--max-new-tokens",
-        "4",
-    )
+    arguments = asking(picture, tiny_model)
     code, out, err = run(capsys, *arguments)
     assert (code, err) == (0, "")
     assert out.endswith("\n")
@@ -97,17 +92,7 @@ def test_ask_answers(capsys, tiny_model, picture):
 
 
 def test_int8_is_a_way_to_read_weights(capsys, tiny_model, picture):
-    arguments = (
-        "ask",
-        picture,
-        "What is this?",
-        "--model",
-        str(tiny_model),
-        "--device",
-        "cpu",
-        "--max-new-tokens",
-        "4",
-    )
+    arguments = asking(picture, tiny_model)
     code, out, err = run(capsys, *arguments, "--dtype", "int8")
     assert (code, err) == (0, "")
     assert out.endswith("\n")
