@@ -6,6 +6,8 @@ import json
 import re
 from typing import Any
 
+from tokenizers import Tokenizer
+
 _BEFORE_A_WORD = re.compile(r"(?<=\S)(?= \S)")
 _MOST = 1 << 17
 
@@ -16,28 +18,44 @@ class Remembering:
     Where a tokenizer might take two words together, whole texts are remembered instead.
 
     Args:
-        tokenizer: a fast tokenizer of transformers.
+        tokenizer: a fast tokenizer of transformers. It is copied: what becomes of it later changes nothing here.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.by_word = _keeps_words_apart(json.loads(tokenizer.backend_tokenizer.to_str()))
-        self._known: dict[str, list[int]] = {}
+        spec = tokenizer.backend_tokenizer.to_str()
+        self.backend = Tokenizer.from_str(spec)
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.by_word = _keeps_words_apart(json.loads(spec))
+        # Neither holds words that begin or end in another white space, so that what is found in them was rightly cut.
+        self._first: dict[str, list[int]] = {}  # words that a text begins with
+        self._after: dict[str, list[int]] = {}  # words after a blank, which is their tokens' but left out of the key
 
     def __call__(self, text: str) -> list[int]:
         """Token ids, in a list of the caller's own."""
-        ids: list[int] = []
-        for word in _BEFORE_A_WORD.split(text) if self.by_word else (text,):
-            found = self._known.get(word)
-            ids += self._learn(word) if found is None else found
+        first, *others = text.split(" ") if self.by_word else (text,)
+        try:
+            ids = [] if others and not first else self._first[first].copy()
+            for found in map(self._after.__getitem__, others):
+                ids += found
+        except KeyError:
+            words = _BEFORE_A_WORD.split(text) if self.by_word else (text,)
+            return [token for word in words for token in self._learn(word)]
         return ids
 
     def _learn(self, word: str) -> list[int]:
-        if len(self._known) >= _MOST:
-            self._known.clear()
-        ids = self.tokenizer(word, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        self._known[word] = ids
-        return ids
+        inner = word.startswith(" ") and self.by_word
+        known, key = (self._after, word[1:]) if inner else (self._first, word)
+        if key not in known:
+            self.backend.encode_special_tokens = True  # which a copy of this object would not know
+            ids = self.backend.encode(word, add_special_tokens=False).ids
+            if self.by_word and (not key.strip() or key[-1].isspace() or inner and key[0].isspace()):
+                return ids
+            if len(self._first) + len(self._after) >= _MOST:
+                self._first.clear()
+                self._after.clear()
+            known[key] = ids
+        return known[key]
 
 
 def _keeps_words_apart(spec: dict[str, Any]) -> bool:
