@@ -1,6 +1,6 @@
 """Trains and measures every run of the study that is not finished, then writes its tables and plots.
 
-python -m studies.ablations --output runs/study [--gpus 2] [--only connector,scan] [--seeds 3] [--minutes 20]
+python -m studies.ablations --output runs/study [--draw-only] [--gpus 0,1] [--only connector,scan] [--minutes 20]
 """
 
 from __future__ import annotations
@@ -12,7 +12,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from studies.ablations.plan import AXES, FULL, TOY, VARIANTS, Study, Variant
+from studies.ablations.plan import (
+    AXES,
+    DRAW,
+    FULL,
+    OPEN,
+    STAGE_0,
+    TOY,
+    VARIANTS,
+    Study,
+    Variant,
+    align_data,
+    instruct_data,
+)
 from studies.ablations.schedule import Task, do_all
 
 MORE = 5
@@ -23,9 +35,10 @@ CLOSE = 2.0
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The paper's ablations at nano scale; docs/study.md explains.")
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
-    parser.add_argument("--gpus", type=int, default=None, help="how many; default: all there are, or the CPU")
+    parser.add_argument("--gpus", default=None, help="their numbers, by commas; default: all there are, or the CPU")
     parser.add_argument("--side-by-side", type=int, default=1, help="processes a GPU")
-    parser.add_argument("--workers", type=int, default=None, help="processes a run that draw scenes; default: by cores")
+    parser.add_argument("--workers", type=int, default=None, help="processes that draw scenes; default: one a core")
+    parser.add_argument("--draw-only", action="store_true", help="benchmarks and data, for which it takes no GPU")
     parser.add_argument("--only", default=",".join(AXES), help=f"axes, by commas: {', '.join(AXES)}")
     parser.add_argument("--seeds", type=int, default=3, help=f"a run; {MORE} where a gap is below {CLOSE:g} points")
     parser.add_argument("--minutes", type=float, default=None, help="that this sitting may take")
@@ -42,10 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline = None if options.minutes is None else begun + 60 * options.minutes
     gpus = places(options)
     scale, device = (TOY, "cpu") if options.toy else (FULL, "auto")
-    study = Study(options.output, scale, draw(options, len(gpus)), device)
+    study = Study(options.output, scale, processes(options), device)
     chosen = [v for v in VARIANTS if v.axis in axes]
     chosen = [v for v in VARIANTS if v in chosen or v.name == "baseline" or v.name in {c.reference for c in chosen}]
     wrong = []
+    if options.draw_only:
+        return draw(study, chosen, options.seeds, deadline)
     if not options.report_only:
         wrong = train(study, chosen, options.seeds, gpus, deadline, 0 if options.toy else MORE)
     from studies.ablations.report import write
@@ -84,39 +99,58 @@ def train(
     return do_all(study, tasks(again, more), done, gpus, deadline)
 
 
+def draw(study: Study, chosen: Sequence[Variant], seeds: int, deadline: float | None) -> int:
+    """All that needs no GPU; the exit code. Data for a part of stage 0 that may yet be given come last."""
+    from studies.ablations.work import PREPARE, finished
+
+    every = tasks(chosen, seeds)
+    needed = {need for task in every if not finished(study, task.name) for need in task.needs}
+    drawing = [Task(t.name, t.needs) for t in every if t.name in needed and t.name.startswith((PREPARE, DRAW))]
+    drawing.sort(key=lambda task: task.name == STAGE_0["patches"])
+    return int(bool(do_all(study, drawing, lambda task: finished(study, task), [None], deadline)))
+
+
 def tasks(chosen: Sequence[Variant], seeds: int) -> list[Task]:
-    """In the order of their importance: axis by axis, each after the parts of stage 0 that it is the first to need."""
+    """In the order of their importance: the paper's axes before those that it leaves open; of these the parts of stage
+    0, then every run's first seed, then the second; each task after what it needs."""
     ordered = {"prepare": Task("prepare")}
-    for axis in dict.fromkeys(variant.axis for variant in chosen):
-        for variant in (v for v in chosen if v.axis == axis):
-            for part in (variant.encoder, variant.language):
-                ordered.setdefault(part, Task(part, ("prepare",)))
+
+    def add(name: str, *data: str, parts: Sequence[str] = ()) -> None:
+        for one in data:
+            ordered.setdefault(one, Task(one, ("prepare",), for_others=True))
+        ordered.setdefault(name, Task(name, ("prepare", *parts, *data)))
+
+    for of_paper in (True, False):
+        variants = [v for v in chosen if (v.axis not in OPEN) is of_paper]
+        for part in (p for p in STAGE_0 if any(p in (v.encoder, v.language) for v in variants)):
+            add(part, STAGE_0[part])
         for seed in range(seeds):
-            for variant in (v for v in chosen if v.axis == axis):
-                name = f"{variant.name}-{seed}"
-                ordered[name] = Task(name, ("prepare", variant.encoder, variant.language))
+            for v in variants:
+                data = (align_data(seed), instruct_data(v, seed)) if v.align else (instruct_data(v, seed),)
+                add(f"{v.name}-{seed}", *data, parts=(v.encoder, v.language))
     return list(ordered.values())
 
 
 def places(options: argparse.Namespace) -> list[int | None]:
-    """The GPU of every worker; a toy is played on the CPU."""
-    if options.toy:
+    """The GPU of every worker; a toy is played on the CPU, and drawing needs none."""
+    if options.toy or options.draw_only or options.report_only:
         return [None]
     import torch
 
-    number = torch.cuda.device_count() if options.gpus is None else options.gpus
-    if number > torch.cuda.device_count():
-        raise SystemExit(f"--gpus {number}: torch sees {torch.cuda.device_count()}")
-    return [gpu for _ in range(options.side_by_side) for gpu in range(number)] or [None]
+    there = range(torch.cuda.device_count())
+    given = there if options.gpus is None else [int(gpu) for gpu in options.gpus.split(",")]
+    if wrong := sorted(set(given) - set(there)):
+        raise SystemExit(f"--gpus: {wrong[0]} is none of the {len(there)} GPUs that torch sees, counted from 0")
+    return [gpu for _ in range(options.side_by_side) for gpu in given] or [None]
 
 
-def draw(options: argparse.Namespace, runs: int) -> int:
-    """Processes that draw scenes for each of so many runs side by side."""
+def processes(options: argparse.Namespace) -> int:
+    """That draw scenes; a toy draws in its own."""
     from vlmamba.data.processes import cores
 
     if options.toy:
         return 0
-    return options.workers if options.workers is not None else max(1, min(14, (cores() - runs) // runs))
+    return options.workers if options.workers is not None else cores()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Recipes are the nano model's own with other values in a few places; nothing here
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,15 @@ class Scale:
     skills, without or with shuffled pictures, and of tables. vision, language: fields that replace those of the parts.
     """
 
-    pictures: int = 1_920_000
-    text: int = 2000
-    align: int = 500
-    instruct: int = 2000
+    pictures: int = 204_800
+    text: int = 800
+    align: int = 150
+    instruct: int = 1000
     batch: int = 64
-    benchmark: int = 200
-    questions: int = 3000
-    control: int = 1000
-    probe: int = 1000
+    benchmark: int = 100
+    questions: int = 2000
+    control: int = 500
+    probe: int = 500
     samples: int = 20_000
     longest: int = 64
     vision: dict[str, Any] = field(default_factory=dict)
@@ -112,23 +112,37 @@ VARIANTS = (
     Variant("half-twice", "stages", "half the data, twice", share=0.5, epochs=2),
 )  # fmt: skip
 AXES = tuple(dict.fromkeys(v.axis for v in VARIANTS if v.axis != "all"))
+OPEN = ("picture", "stages")
+"""Axes that the paper leaves open; they come after its own."""
 BY_NAME = {variant.name: variant for variant in VARIANTS}
-STAGE_0 = ("patches", "language", "language-half", "language-longer", "clip", "siglip")
+DRAW = "draw-"
+"""How the names of tasks begin that draw data."""
+STAGE_0 = {
+    "patches": f"{DRAW}patches",
+    "language": f"{DRAW}text",
+    "clip": f"{DRAW}pairs",
+    "siglip": f"{DRAW}pairs",
+    "language-longer": f"{DRAW}text",
+    "language-half": f"{DRAW}text",
+}
+"""Parts, and which data each learns from."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """Where everything is and how much of it there is. `workers`: processes that draw scenes for one run.
+    """Where everything is and how much of it there is. `workers`: processes that draw scenes; 0 for none beside.
 
     OUTPUT/stage0/        tokenizer, encoders and language models, bf16; with results/ all that a later sitting needs
     OUTPUT/results/       one file for each finished run
     OUTPUT/benchmarks/    the eight scene benchmarks
+    OUTPUT/drawn/         what runs read, drawn once
     OUTPUT/work/, logs/   runs that are under way, and what every task said
+    OUTPUT/claims/        a lock for every task that somebody does
     """
 
     output: Path
     scale: Scale = FULL
-    workers: int = 14
+    workers: int = 1
     device: str = "auto"
 
     def stage0(self, name: str) -> Path:
@@ -139,6 +153,9 @@ class Study:
 
     def work(self, name: str) -> Path:
         return self.output / "work" / name
+
+    def drawn(self, task: str) -> Path:
+        return self.output / "drawn" / task.removeprefix(DRAW)
 
     @property
     def benchmarks(self) -> Path:
@@ -190,6 +207,36 @@ def instruct_recipe(study: Study, variant: Variant, seed: int) -> RunConfig:
     return _recipe("nano/2-instruct", study, f"{name}/2-instruct", steps * variant.epochs, scale.batch, values)
 
 
+def align_data(seed: int) -> str:
+    """The task that draws what stage 1 reads."""
+    return f"{DRAW}align-{seed}"
+
+
+def instruct_data(variant: Variant, seed: int) -> str:
+    """The task that draws what stage 2 reads: one for all variants, but for those with batches of their own."""
+    base = VARIANTS[0]
+    alike = variant.data == base.data and "image_place" not in variant.model
+    return f"{DRAW}instruct-{seed}" if alike else f"{DRAW}instruct-{variant.name}-{seed}"
+
+
+def drawn_recipe(study: Study, task: str) -> RunConfig:
+    """The recipe whose batches a task draws: with fresh parts, as those of stage 0 need not be there yet."""
+    name = task.removeprefix(DRAW)
+    if name == "patches":
+        return encoder_recipe(study, "patches")
+    if name == "pairs":
+        return encoder_recipe(study, "clip")
+    if name == "text":
+        return language_recipe(study, "language-longer")  # the others read its first steps
+    what, _, seed = name.rpartition("-")
+    stage, _, variant = what.partition("-")
+    make = align_recipe if stage == "align" else instruct_recipe
+    recipe = make(study, BY_NAME[variant or "baseline"], int(seed))
+    parts = align_recipe(study, BY_NAME[variant or "baseline"], int(seed)).model
+    vision, language = encoder_recipe(study, "patches").model.vision, language_recipe(study, "language").model.language
+    return replace(recipe, model=replace(parts, vision=vision, language=language))
+
+
 def _scenes(seed: int, what: str, size: int, **fields: Any) -> dict[str, Any]:
     """A source of data; nano's recipes use none of these seeds."""
     return {"scenes": {"seed": seed, "split": "train", "what": what} | fields, "size": size}
@@ -210,7 +257,7 @@ def _recipe(file: str, study: Study, name: str, steps: int, batch: int, values: 
         "optim.micro_batch": batch,
         "optim.max_steps": steps,
         "optim.time_budget": None,
-        "workers": study.workers,
+        "workers": min(1, study.workers),
         "device": study.device,
         "checkpoint.every": 1000,
         "logging.every": max(1, steps // 20),

@@ -1,4 +1,4 @@
-"""The tasks: tokenizer and benchmarks, the parts of stage 0, the runs. Each leaves its result whole or not at all."""
+"""The tasks: tokenizer and benchmarks, data, the parts of stage 0, the runs. Each leaves its result whole or not."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from studies.ablations.drawn import LIST, draw, feed_from, order_of
 from studies.ablations.measure import measure
 from studies.ablations.plan import (
     BY_NAME,
+    DRAW,
     STAGE_0,
     TOKENIZER,
     Study,
+    align_data,
     align_recipe,
+    drawn_recipe,
     encoder_recipe,
+    instruct_data,
     instruct_recipe,
     language_recipe,
 )
@@ -29,9 +34,8 @@ from vlmamba.data.scenes.export import write
 from vlmamba.data.scenes.sprites import available_things
 from vlmamba.evaluation import TASKS, weights_hash
 from vlmamba.evaluation.files import dump_json, write_atomically
-from vlmamba.models.processor import VLMambaProcessor
 from vlmamba.training import launch
-from vlmamba.training.config import RunConfig, to_mapping
+from vlmamba.training.config import to_mapping
 from vlmamba.training.metrics import read_metrics
 from vlmamba.training.stages import find_pipeline, learn_tokenizer, read_pipeline
 
@@ -44,6 +48,8 @@ def finished(study: Study, task: str) -> bool:
     """Whether a task has left its result."""
     if task == PREPARE:
         return study.stage0(TOKENIZER).is_dir() and study.benchmarks.is_dir()
+    if task.startswith(DRAW):
+        return (study.drawn(task) / LIST).exists()
     return (study.stage0(task) if task in STAGE_0 else _result(study, task)).exists()
 
 
@@ -51,9 +57,11 @@ def execute(study: Study, task: str) -> None:
     """Does what is left of a task."""
     if task == PREPARE:
         prepare(study)
+    elif task.startswith(DRAW):
+        draw(drawn_recipe(study, task), study.drawn(task), study.workers)
     elif task in STAGE_0:
         recipe = (language_recipe if task.startswith("language") else encoder_recipe)(study, task)
-        keep(launch.run(recipe), study.stage0(task))
+        keep(launch.run(recipe, feed_from(study.drawn(STAGE_0[task]))), study.stage0(task))
         shutil.rmtree(study.work(task))
     else:
         run(study, task)
@@ -99,9 +107,9 @@ def run(study: Study, task: str) -> None:
     variant, seed, started = BY_NAME[name], int(number), time.perf_counter()
     place = study.work(task)
     if variant.align:
-        launch.run(align_recipe(study, variant, seed))
-    recipe = instruct_recipe(study, variant, seed)
-    model = launch.run(recipe)
+        launch.run(align_recipe(study, variant, seed), feed_from(study.drawn(align_data(seed))))
+    samples = study.drawn(instruct_data(variant, seed))
+    model = launch.run(instruct_recipe(study, variant, seed), feed_from(samples))
     trained = time.perf_counter()
     shutil.rmtree(place / "measured", ignore_errors=True)
     found = measure(study, model, place / "measured")
@@ -109,7 +117,7 @@ def run(study: Study, task: str) -> None:
         "variant": name,
         "seed": seed,
         "scale": to_mapping(study.scale),
-        "data": order_hash(recipe, model),
+        "data": order_of(samples),
         "recipe": recipe_hash(study),
         "stage0": {part: weights_hash(study.stage0(part)) for part in (variant.encoder, variant.language)},
         "versions": launch.versions(),
@@ -124,15 +132,6 @@ def run(study: Study, task: str) -> None:
     _result(study, task).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(_result(study, task), dump_json(result))
     shutil.rmtree(place)
-
-
-def order_hash(recipe: RunConfig, model: Path) -> str:
-    """Of the samples of stage 2, by source and index, in the order of all its steps."""
-    feed = launch.make_feed(recipe, VLMambaProcessor.from_pretrained(model), torch.device("cpu"))
-    digest = hashlib.sha256(json.dumps([source.fingerprint() for source in feed.data.sources]).encode())
-    for step in range(recipe.optim.max_steps or 0):
-        digest.update(str(feed.order.rows(step)).encode())
-    return digest.hexdigest()[:16]
 
 
 def recipe_hash(study: Study) -> str:

@@ -16,7 +16,19 @@ from transformers import MambaConfig, SiglipVisionConfig
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from studies.ablations.__main__ import main, tasks
-from studies.ablations.plan import BY_NAME, MATCHED, TOY, VARIANTS, Study, align_recipe, instruct_recipe
+from studies.ablations.drawn import feed_from
+from studies.ablations.plan import (
+    BY_NAME,
+    MATCHED,
+    TOY,
+    VARIANTS,
+    Study,
+    align_data,
+    align_recipe,
+    drawn_recipe,
+    instruct_data,
+    instruct_recipe,
+)
 from studies.ablations.report import Findings, close, group, write
 from studies.ablations.schedule import Task, do_all
 from studies.ablations.work import execute, finished, results
@@ -41,7 +53,7 @@ def test_runs_read_as_many_samples_in_the_same_order() -> None:
         assert align.data == align_recipe(study, BY_NAME["baseline"], 2).data
     assert base.data != instruct_recipe(study, BY_NAME["baseline"], 1).data
     half = instruct_recipe(study, BY_NAME["half-twice"], 2).data
-    assert sum(source.size for source in half) == 64 * 2000 // 2
+    assert sum(source.size for source in half) == 64 * (base.optim.max_steps or 0) // 2
     assert [source.scenes.again for source in half if source.scenes] == [True, True]
 
 
@@ -65,7 +77,11 @@ def test_every_task_stands_after_what_it_needs() -> None:
     for task in tasks(VARIANTS, 3):
         assert set(task.needs) <= seen
         seen.add(task.name)
-    assert len(seen) == 1 + 6 + 3 * len(VARIANTS)
+    data = {task for task in seen if task.startswith("draw-")}
+    assert len(seen - data) == 1 + 6 + 3 * len(VARIANTS)
+    assert len(data) == 3 + 3 * 6  # of stage 0; of each seed: stage 1, stage 2, and four variants' own
+    runs = [name for name in (task.name for task in tasks(VARIANTS, 2)) if name[-1] in "01" and "draw" not in name]
+    assert [runs.index(name) for name in ("baseline-0", "siglip-0", "baseline-1", "before-0")] == [0, 11, 12, 24]
 
 
 def result(variant: str, seed: int, skills: float, data: str = "d") -> dict[str, Any]:
@@ -140,7 +156,9 @@ def test_runs_that_cannot_be_compared(tmp_path: Path, row: dict[str, Any], told:
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """Two runs, in this process."""
     study = Study(tmp_path_factory.mktemp("study"), TOY, workers=0, device="cpu")
-    for task in ("prepare", "clip", "patches", "language", "before-0", "after-0"):
+    runs = ("draw-align-0", "draw-instruct-before-0", "draw-instruct-after-0", "before-0", "after-0")
+    parts = ("draw-pairs", "clip", "draw-patches", "patches", "draw-text", "language")
+    for task in ("prepare", *parts, *runs):
         assert not finished(study, task)
         execute(study, task)
         assert finished(study, task)

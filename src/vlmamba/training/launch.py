@@ -17,7 +17,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,19 @@ from vlmamba.training.parallel import Parallel, World, full, joined
 from vlmamba.training.step import Step
 from vlmamba.training.trainer import Trainer
 
+FeedMaker = Callable[[RunConfig, VLMambaProcessor, torch.device, World], Feed]
 ADAPTER_FOLDER = "adapter"
 _FREE = ("output", "workers", "device", "parallel", "logging", "checkpoint")
 """What may differ between the sittings of a run: it does not change what is computed."""
 
 
-def run(config: RunConfig) -> Path:
+def run(config: RunConfig, feed_maker: FeedMaker | None = None) -> Path:
     """Trains as the recipe says, or goes on where an earlier sitting stopped; returns the model's folder.
 
     A run that is finished is left alone.
+
+    Args:
+        feed_maker: where batches come from, if not from `make_feed`.
 
     Raises:
         ConfigError: the output folder holds a run of another recipe.
@@ -58,10 +62,10 @@ def run(config: RunConfig) -> Path:
         NonFiniteError, BadDataError, CheckpointError: as they say.
     """
     with joined(config.device) as world:
-        return _run(config, world)
+        return _run(config, world, feed_maker or make_feed)
 
 
-def _run(config: RunConfig, world: World) -> Path:
+def _run(config: RunConfig, world: World, feed_maker: FeedMaker) -> Path:
     folder = Path(config.output)
     result = folder / build.MODEL_FOLDER
     world.from_main(lambda: _claim(folder, config))
@@ -76,7 +80,7 @@ def _run(config: RunConfig, world: World) -> Path:
     step = make_step(model, processor, config, device, world)
     logger = Logger(folder, folder.name, config.logging.tensorboard, world.is_main)
     try:
-        feed = make_feed(config, processor, device, world)
+        feed = feed_maker(config, processor, device, world)
         world.from_main(lambda: note_data(feed, folder))
         trainer = Trainer(config, step, feed, folder, logger)
         for line in summary(model, config, trainer, device):
