@@ -91,7 +91,7 @@ class Encoder:
                 encoded = self.processor.encode_turns(record.turns, count, self.template, self._tokenise)
         except ValueError as problem:
             raise BadSampleError(f"{record.id}: {problem}") from problem
-        return np.asarray(encoded["input_ids"]), np.asarray(encoded["labels"])
+        return np.array(encoded["input_ids"], np.int64), np.array(encoded["labels"], np.int64)
 
     def _patches(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
         """The classes of all patches, field by field, where else the labels of tokens stand: after a first one that,

@@ -9,6 +9,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 _BEFORE_A_WORD = re.compile(r"(?<=\S)(?= \S)")
+# What is remembered of words: none that white space leaves in doubt, so that whatever is found was rightly cut.
+_FIRST = re.compile(r".*\S", re.DOTALL)
+_AFTER = re.compile(r"\S(.*\S)? ?", re.DOTALL)
 _MOST = 1 << 17
 
 
@@ -27,13 +30,14 @@ class Remembering:
         self.backend.no_padding()
         self.backend.no_truncation()
         self.by_word = _keeps_words_apart(json.loads(spec))
-        # Neither holds words that begin or end in another white space, so that what is found in them was rightly cut.
-        self._first: dict[str, list[int]] = {}  # words that a text begins with
+        self._first: dict[str, list[int]] = {}  # what a text begins with
         self._after: dict[str, list[int]] = {}  # words after a blank, which is their tokens' but left out of the key
 
     def __call__(self, text: str) -> list[int]:
         """Token ids, in a list of the caller's own."""
         first, *others = text.split(" ") if self.by_word else (text,)
+        if len(others) > 1 and not others[-1]:  # a blank at the end belongs to the last word
+            others[-2:] = [others[-2] + " "]
         try:
             ids = [] if others and not first else self._first[first].copy()
             for found in map(self._after.__getitem__, others):
@@ -44,12 +48,13 @@ class Remembering:
         return ids
 
     def _learn(self, word: str) -> list[int]:
-        inner = word.startswith(" ") and self.by_word
-        known, key = (self._after, word[1:]) if inner else (self._first, word)
+        known, key, pattern = self._first, word, _FIRST
+        if self.by_word and word.startswith(" "):
+            known, key, pattern = self._after, word[1:], _AFTER
         if key not in known:
             self.backend.encode_special_tokens = True  # which a copy of this object would not know
             ids = self.backend.encode(word, add_special_tokens=False).ids
-            if self.by_word and (not key.strip() or key[-1].isspace() or inner and key[0].isspace()):
+            if self.by_word and not pattern.fullmatch(key):
                 return ids
             if len(self._first) + len(self._after) >= _MOST:
                 self._first.clear()

@@ -123,7 +123,8 @@ class VLMambaProcessor(ProcessorMixin):
         """One picture as uint8 (3, H, W), resized but not yet normalised: what a training batch carries."""
         image = source if isinstance(source, Image.Image) and self._is_framed(source) else self._framed(source, mode)
         if image.size == self.image_size[::-1] == self._resized_size:  # nothing is left to do to it
-            return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+            planes = b"".join(image.tobytes("raw", band) for band in "RGB")  # cheaper than moving an array's axes
+            return np.frombuffer(planes, np.uint8).reshape(3, image.height, image.width)
         pixels = self.image_processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
         return np.ascontiguousarray(pixels, dtype=np.uint8)
 
@@ -344,13 +345,14 @@ class VLMambaProcessor(ProcessorMixin):
         self, pieces: list[Piece], tokenise: Callable[[str], list[int]] | None = None
     ) -> tuple[list[int], list[int]]:
         """Token ids and labels. Neighbouring texts are tokenised as one, with special tokens off."""
-        runs: list[Piece] = []
+        runs: list[tuple[str, str, bool]] = []
         for piece in pieces:
-            if runs and runs[-1].kind == piece.kind == "text" and runs[-1].learn == piece.learn:
-                runs[-1] = Piece("text", runs[-1].text + piece.text, piece.learn)
+            kind, text, learn = piece
+            if runs and kind == "text" == runs[-1][0] and learn == runs[-1][2]:
+                runs[-1] = (kind, runs[-1][1] + text, learn)
             else:
                 runs.append(piece)
-        texts = [_well_formed(run.text) for run in runs if run.kind == "text"]
+        texts = [_well_formed(text) for kind, text, _ in runs if kind == "text"]
         known: Iterable[list[int]] = [] if tokenise is None else map(tokenise, texts)
         if tokenise is None and texts:
             known = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -358,15 +360,15 @@ class VLMambaProcessor(ProcessorMixin):
         end = [self.tokenizer.eos_token_id]
         ids: list[int] = []
         labels: list[int] = []
-        for run in runs:
-            if run.kind == "text":
+        for kind, _, learn in runs:
+            if kind == "text":
                 new = next(encoded)
-            elif run.kind == "image":
+            elif kind == "image":
                 new = [self.image_token_id] * self.num_image_tokens
             else:
                 new = end
             ids += new
-            labels += new if run.learn else [NO_LABEL] * len(new)
+            labels += new if learn else [NO_LABEL] * len(new)
         return ids, labels
 
 
@@ -389,7 +391,7 @@ def _prepare(tokenizer: Any, image_token: str) -> None:
 
 def _well_formed(text: str) -> str:
     """The text with `?` for halves of characters, which undecodable bytes of a terminal or JSON's escapes leave."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _checked_mode(mode: str) -> str:

@@ -112,11 +112,13 @@ def message_pieces(
 
 
 def _question(text: str, num_images: int, image_place: str) -> list[Piece]:
+    if num_images == 0:
+        return [Piece("text", f"USER: {text.strip()} ")]
     asked, line = Piece("text", text.strip()), Piece("text", "\n")
     if image_place == "after":
-        parts = [asked, *(piece for _ in range(num_images) for piece in (line, IMAGE))]
+        parts = [asked, *[line, IMAGE] * num_images]
     else:
-        parts = [*(piece for _ in range(num_images) for piece in (IMAGE, line)), asked]
+        parts = [*[IMAGE, line] * num_images, asked]
     return [Piece("text", "USER: "), *parts, Piece("text", " ")]
 
 
