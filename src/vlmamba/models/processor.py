@@ -123,7 +123,7 @@ class VLMambaProcessor(ProcessorMixin):
         """One picture as uint8 (3, H, W), resized but not yet normalised: what a training batch carries."""
         image = source if isinstance(source, Image.Image) and self._is_framed(source) else self._framed(source, mode)
         if image.size == self.image_size[::-1] == self._resized_size:  # nothing is left to do to it
-            planes = b"".join(image.tobytes("raw", band) for band in "RGB")  # cheaper than moving an array's axes
+            planes = bytearray().join(image.tobytes("raw", band) for band in "RGB")  # cheaper than moving an array's axes
             return np.frombuffer(planes, np.uint8).reshape(3, image.height, image.width)
         pixels = self.image_processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
         return np.ascontiguousarray(pixels, dtype=np.uint8)
