@@ -129,6 +129,33 @@ STAGE_0 = {
 
 
 @dataclass(frozen=True)
+class Claim:
+    """What the paper says of two variants: that one is `better` than the other on the mean of some benchmarks (all
+    where none is named, but for `apart`), or that there is no difference."""
+
+    words: str
+    better: str
+    worse: str
+    benchmarks: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
+    equal: bool = False
+
+
+_FOUR = ("textvqa", "mme", "mmbench", "mmvet")
+CLAIMS = (
+    Claim("2.8b-slimpj beats 2.8b on every benchmark", "language-longer", "baseline"),
+    Claim("2.8b-slimpj beats 1.4b on every benchmark", "language-longer", "language-half"),
+    Claim("SigLIP beats CLIP on most", "siglip", "clip", apart=("mme",)),
+    Claim("CLIP wins MME", "clip", "siglip", ("mme",)),
+    Claim("vss-l2 beats vss-mlp on TextVQA, MME, MMBench, MM-Vet", "baseline", "vss-mlp", _FOUR),
+    Claim("vss-l2 beats mlp on these", "baseline", "mlp-narrow", _FOUR),
+    Claim("the same, with as many parameters", "baseline", "mlp", _FOUR),
+    Claim("bsm equals csm on VQAv2", "baseline", "csm", ("vqav2",), equal=True),
+    Claim("bsm beats csm on most others", "baseline", "csm", apart=("vqav2",)),
+)
+
+
+@dataclass(frozen=True)
 class Study:
     """Where everything is and how much of it there is. `workers`: processes that draw scenes; 0 for none beside.
 
@@ -257,7 +284,7 @@ def _recipe(file: str, study: Study, name: str, steps: int, batch: int, values: 
         "optim.micro_batch": batch,
         "optim.max_steps": steps,
         "optim.time_budget": None,
-        "workers": min(1, study.workers),
+        "workers": 0,  # what is drawn already is read in a fraction of a millisecond
         "device": study.device,
         "checkpoint.every": 1000,
         "logging.every": max(1, steps // 20),

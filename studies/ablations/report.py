@@ -13,7 +13,7 @@ from statistics import mean, stdev
 from typing import Any
 from xml.sax.saxutils import escape
 
-from studies.ablations.plan import AXES, BY_NAME, VARIANTS
+from studies.ablations.plan import AXES, BY_NAME, CLAIMS, VARIANTS, Claim
 from vlmamba.evaluation import TASKS
 
 Row = Mapping[str, Any]
@@ -44,15 +44,19 @@ def group(*path: str) -> Metric:
     return of
 
 
-def average(row: Row) -> float | None:
-    """Of the eight benchmarks."""
-    values = [value for name in TASKS if (value := benchmark(name)(row)) is not None]
-    return mean(values) if values else None
+def average(names: Sequence[str]) -> Metric:
+    """Of some benchmarks."""
+
+    def of(row: Row) -> float | None:
+        values = [value for name in names if (value := benchmark(name)(row)) is not None]
+        return mean(values) if values else None
+
+    return of
 
 
 HEADLINES: dict[str, Metric] = {
     **{task.title: benchmark(name) for name, task in TASKS.items()},
-    "mean of 8": average,
+    "mean of 8": average(tuple(TASKS)),
     "skills": group("skills", "all"),
 }
 
@@ -69,9 +73,9 @@ class Findings:
         found = {seed: metric(row) for (variant, seed), row in self.rows.items() if variant == name}
         return {seed: value for seed, value in found.items() if value is not None and not math.isnan(value)}
 
-    def differences(self, name: str, metric: Metric) -> list[float]:
-        """From the reference, seed by seed."""
-        own, other = self.values(name, metric), self.values(BY_NAME[name].reference, metric)
+    def differences(self, name: str, metric: Metric, other_name: str | None = None) -> list[float]:
+        """From another variant, its reference if not named, seed by seed."""
+        own, other = self.values(name, metric), self.values(other_name or BY_NAME[name].reference, metric)
         return [own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]
 
     def spread(self, metric: Metric) -> float | None:
@@ -83,10 +87,10 @@ class Findings:
                 freedom += len(of) - 1
         return math.sqrt(squares / freedom) if freedom else None
 
-    def difference(self, name: str, metric: Metric) -> tuple[float, float] | None:
+    def difference(self, name: str, metric: Metric, other: str | None = None) -> tuple[float, float] | None:
         """Mean and standard error."""
-        of, spread = self.differences(name, metric), self.spread(metric)
-        if not of or spread is None or name == BY_NAME[name].reference:
+        of, spread = self.differences(name, metric, other), self.spread(metric)
+        if not of or spread is None or name == (other or BY_NAME[name].reference):
             return None
         return mean(of), spread / math.sqrt(len(of))
 
@@ -121,9 +125,21 @@ def _lines(found: Findings, folder: Path, toy: bool) -> Iterator[str]:
     yield (
         f"{len(found.rows)} runs of {scale['align']:,} + {scale['instruct']:,} steps of {scale['batch']} samples, "
         f"{seconds / 60:.0f} minutes together on {', '.join(devices)}. Means with standard errors over seeds. "
-        "Differences from the baseline (or the variant named in brackets) are taken seed by seed; their errors are "
+        "Differences from the baseline (or another variant where it says so) are taken seed by seed; their errors are "
         f"from the spread of such differences, pooled over all variants. Bold: more than {CLEAR} errors from nothing. "
         "MME: percent of 2,000 points. MM-Vet, which needs a judge: F1 of the words.\n"
+    )
+    if given := sorted({part for row in found.rows.values() for part in row["given"]}):
+        yield f"Of stage 0, another command trained and this one was given: {', '.join(given)}.\n"
+    yield from _missing(found)
+    yield "## The paper's words, and these numbers\n"
+    yield "| the paper | here | points | clear on | seeds | |"
+    yield "|---|---|---|---|---|---|"
+    yield from _claims(found, CLAIMS)
+    yield (
+        f"\nPoints: the difference of the means over the benchmarks named. Clear: more than {CLEAR} standard errors "
+        "from nothing. These are models of another size, trained for another time on other pictures: agreement makes "
+        "the paper's words no truer at 2.8 billion parameters, and disagreement no less true.\n"
     )
     for axis in AXES:
         names = [n for n in found.names if BY_NAME[n].axis == axis]
@@ -131,6 +147,7 @@ def _lines(found: Findings, folder: Path, toy: bool) -> Iterator[str]:
             continue
         references = [n for n in found.names if n in {BY_NAME[name].reference for name in names} and n not in names]
         yield f"## {axis}\n"
+        yield "; ".join(f"`{name}`: {BY_NAME[name].what}" for name in references + names) + ".\n"
         yield from _table(found, references + names)
         picture = folder / f"study-{axis}.svg"
         picture.write_text(forest(found, names), encoding="utf-8")
@@ -140,22 +157,68 @@ def _lines(found: Findings, folder: Path, toy: bool) -> Iterator[str]:
     yield from _errors(found)
 
 
+def _missing(found: Findings) -> Iterator[str]:
+    """What has fewer seeds than the baseline, and what was not run."""
+    seeds = {v.name: sum(name == v.name for name, _ in found.rows) for v in VARIANTS}
+    fewer = [f"{name} ({count})" for name, count in seeds.items() if 0 < count < seeds["baseline"]]
+    absent = [name for name, count in seeds.items() if not count]
+    if fewer:
+        yield f"Fewer seeds than the baseline, which has {seeds['baseline']}: {', '.join(fewer)}.\n"
+    if absent:
+        yield f"Not run: {', '.join(absent)}.\n"
+
+
+def _claims(found: Findings, claims: Sequence[Claim]) -> Iterator[str]:
+    for claim in claims:
+        names = [n for n in claim.benchmarks or TASKS if n not in claim.apart]
+        of = found.difference(claim.better, average(names), claim.worse)
+        each = [found.difference(claim.better, benchmark(n), claim.worse) for n in names]
+        clear = [one for one in each if one is not None and _is_clear(one)]
+        ahead = sum(value > 0 for value, _ in clear)
+        seeds = len(found.differences(claim.better, average(names), claim.worse))
+        yield (
+            f"| {claim.words} | {claim.better} - {claim.worse}, {_titles(claim)} | {_signed(of)} "
+            f"| {ahead} for, {len(clear) - ahead} against, of {len(names)} | {seeds} | {_verdict(claim, of)} |"
+        )
+
+
+def _verdict(claim: Claim, of: tuple[float, float] | None) -> str:
+    if of is None:
+        return "cannot be told: fewer than two seeds"
+    least = f"{CLEAR * of[1]:.1f} points"
+    if claim.equal:
+        return "disagrees: they differ" if _is_clear(of) else f"agrees: a difference above {least} would have shown"
+    if not _is_clear(of):
+        return f"cannot be told: only a difference above {least} would have shown"
+    return "agrees" if of[0] > 0 else "disagrees: the other is better"
+
+
+def _titles(claim: Claim) -> str:
+    def titles(names: Sequence[str]) -> str:
+        return ", ".join(TASKS[name].title for name in names)
+
+    return titles(claim.benchmarks) or ("all eight" if not claim.apart else f"all but {titles(claim.apart)}")
+
+
+def _is_clear(of: tuple[float, float]) -> bool:
+    return abs(of[0]) > CLEAR * of[1]
+
+
 def _table(found: Findings, names: Sequence[str]) -> Iterator[str]:
-    yield "| | parameters | of the connector | seeds | " + " | ".join(HEADLINES) + " |"
+    yield "| | parameters | connector | seeds | " + " | ".join(HEADLINES) + " |"
     yield "|---|---|---|---|" + "---|" * len(HEADLINES)
     for name in names:
         row = next(row for (variant, _), row in found.rows.items() if variant == name)
         seeds = sum(variant == name for variant, _ in found.rows)
         cells = [_of_seeds(found.values(name, metric)) for metric in HEADLINES.values()]
         sizes = f"{row['parameters']:,} | {row['connector_parameters']:,}"
-        yield f"| {BY_NAME[name].what} | {sizes} | {seeds} | " + " | ".join(cells) + " |"
+        yield f"| {name} | {sizes} | {seeds} | " + " | ".join(cells) + " |"
     for name in names:
         reference = BY_NAME[name].reference
         differences = [found.difference(name, metric) for metric in HEADLINES.values()]
         if not any(differences):
             continue
-        to = "" if reference == "baseline" else f" (from {reference})"
-        yield f"| *difference, {BY_NAME[name].what}{to}* | | | | " + " | ".join(map(_signed, differences)) + " |"
+        yield f"| *{name} - {reference}* | | | | " + " | ".join(map(_signed, differences)) + " |"
 
 
 def _skills(found: Findings, names: Sequence[str]) -> Iterator[str]:
@@ -182,9 +245,7 @@ def _controls(found: Findings) -> Iterator[str]:
     yield "| | " + " | ".join(columns) + " |"
     yield "|---|" + "---|" * len(columns)
     for name in found.names:
-        yield (
-            f"| {BY_NAME[name].what} | " + " | ".join(_of_seeds(found.values(name, m)) for m in columns.values()) + " |"
-        )
+        yield f"| {name} | " + " | ".join(_of_seeds(found.values(name, m)) for m in columns.values()) + " |"
     yield ""
 
 
@@ -217,7 +278,7 @@ def _signed(of: tuple[float, float] | None) -> str:
     if of is None:
         return ""
     text = f"{of[0]:+.1f} ± {of[1]:.1f}"
-    return f"**{text}**" if abs(of[0]) > CLEAR * of[1] else text
+    return f"**{text}**" if _is_clear(of) else text
 
 
 def forest(found: Findings, names: Sequence[str]) -> str:

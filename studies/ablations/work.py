@@ -40,6 +40,8 @@ from vlmamba.training.metrics import read_metrics
 from vlmamba.training.stages import find_pipeline, learn_tokenizer, read_pipeline
 
 PREPARE = "prepare"
+TRAINED = "study.json"
+"""In a part of stage 0 that the study has trained; none is in a part that was put there."""
 BENCHMARK_SEED = 77_001
 """Of the benchmarks' scenes: no recipe uses it."""
 
@@ -61,7 +63,9 @@ def execute(study: Study, task: str) -> None:
         draw(drawn_recipe(study, task), study.drawn(task), study.workers)
     elif task in STAGE_0:
         recipe = (language_recipe if task.startswith("language") else encoder_recipe)(study, task)
-        keep(launch.run(recipe, feed_from(study.drawn(STAGE_0[task]))), study.stage0(task))
+        model = launch.run(recipe, feed_from(study.drawn(STAGE_0[task])))
+        (model / TRAINED).write_text(dump_json({"steps": recipe.optim.max_steps, "batch": recipe.optim.global_batch}))
+        keep(model, study.stage0(task))
         shutil.rmtree(study.work(task))
     else:
         run(study, task)
@@ -105,7 +109,7 @@ def run(study: Study, task: str) -> None:
     """Trains a variant by both stages, measures it, and leaves one small file."""
     name, _, number = task.rpartition("-")
     variant, seed, started = BY_NAME[name], int(number), time.perf_counter()
-    place = study.work(task)
+    place, parts = study.work(task), (variant.encoder, variant.language)
     if variant.align:
         launch.run(align_recipe(study, variant, seed), feed_from(study.drawn(align_data(seed))))
     samples = study.drawn(instruct_data(variant, seed))
@@ -119,7 +123,8 @@ def run(study: Study, task: str) -> None:
         "scale": to_mapping(study.scale),
         "data": order_of(samples),
         "recipe": recipe_hash(study),
-        "stage0": {part: weights_hash(study.stage0(part)) for part in (variant.encoder, variant.language)},
+        "stage0": {part: weights_hash(study.stage0(part)) for part in parts},
+        "given": [part for part in parts if not (study.stage0(part) / TRAINED).exists()],
         "versions": launch.versions(),
         "train_seconds": trained - started,
         "measure_seconds": time.perf_counter() - trained,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import sys
 import time
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +19,28 @@ from transformers import MambaConfig, SiglipVisionConfig
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from studies.ablations.__main__ import main, tasks
-from studies.ablations.drawn import feed_from
+from studies.ablations.drawn import draw, feed_from
 from studies.ablations.plan import (
     BY_NAME,
     MATCHED,
     TOY,
     VARIANTS,
+    Claim,
     Study,
-    align_data,
     align_recipe,
     drawn_recipe,
-    instruct_data,
     instruct_recipe,
 )
-from studies.ablations.report import Findings, close, group, write
-from studies.ablations.schedule import Task, do_all
+from studies.ablations.report import Findings, _claims, close, group, write
+from studies.ablations.schedule import Task, do_all, is_free, lock
 from studies.ablations.work import execute, finished, results
 from vlmamba.models.config import VLMambaConfig
 from vlmamba.models.connector import Connector
+from vlmamba.models.processor import VLMambaProcessor
+from vlmamba.training.build import build
 from vlmamba.training.config import to_mapping
+from vlmamba.training.launch import make_feed
+from vlmamba.training.parallel import World
 
 
 def test_runs_read_as_many_samples_in_the_same_order() -> None:
@@ -93,6 +99,7 @@ def result(variant: str, seed: int, skills: float, data: str = "d") -> dict[str,
         "recipe": "r",
         "data": data,
         "stage0": {"patches": "a", "language": "b"},
+        "given": ["patches"],
         "versions": {"device": "cpu"},
         "train_seconds": 1.0,
         "measure_seconds": 1.0,
@@ -129,10 +136,29 @@ def test_report(tmp_path: Path) -> None:
     assert "+1.0 ± 0.6 |" in page
     assert "mean of 8" in page
     assert "POPE 0" not in page
+    assert "was given: patches." in page
+    assert "Not run: vss-mlp, mlp-narrow, forward" in page
+    assert "| baseline - mlp, TextVQA, MME, MMBench, MM-Vet |  |" in page
     for axis in ("connector", "scan"):
         assert f"(study-{axis}.svg)" in page
         assert (tmp_path / f"study-{axis}.svg").read_text().count("<circle") == 3
     assert not (tmp_path / "study-encoder.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "verdict"),
+    [
+        ("baseline", "mlp", "agrees"),
+        ("mlp", "baseline", "disagrees: the other is better"),
+        ("csm", "baseline", "cannot be told: only a difference above 0.8 points would have shown"),
+        ("baseline", "siglip", "cannot be told: fewer than two seeds"),
+    ],
+)
+def test_what_the_numbers_say_of_the_papers_words(better: str, worse: str, verdict: str) -> None:
+    line = next(_claims(Findings(ROWS), [Claim("words", better, worse, ("gqa",))]))
+    assert line.endswith(f"| {verdict} |")
+    line = next(_claims(Findings(ROWS), [Claim("words", better, worse, ("gqa",), equal=True)]))
+    assert ("| agrees: a difference above 0.8" in line) is (better == "csm")
 
 
 @pytest.mark.parametrize(
@@ -163,6 +189,48 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Study:
         execute(study, task)
         assert finished(study, task)
     return study
+
+
+def test_a_run_reads_what_the_loader_would_have_given(rehearsed: Study) -> None:
+    """And what is missing of it is drawn again, alike."""
+    recipe = drawn_recipe(rehearsed, "draw-align-0")
+    processor = VLMambaProcessor.from_pretrained("src/vlmamba/assets/nano")
+    recipe = replace(recipe, optim=replace(recipe.optim, max_steps=3))
+    folder = rehearsed.output / "three"
+    draw(recipe, folder, 0)
+    first = (folder / "000000.safetensors").stat().st_mtime_ns
+    (folder / "000001.safetensors").unlink()
+    draw(recipe, folder, 2)
+    assert (folder / "000000.safetensors").stat().st_mtime_ns == first
+    cpu = torch.device("cpu")
+    drawn = feed_from(folder)(recipe, processor, cpu, World())
+    assert len(drawn.data.sources) == len(recipe.data)
+    loaded = make_feed(recipe, build(recipe.model, "pad")[1], cpu)
+    for (mine,), (theirs,) in islice(zip(drawn.batches(1), loaded.batches(1), strict=True), 2):
+        assert mine.ids == theirs.ids
+        for name in ("input_ids", "labels", "seq_idx", "pixels"):
+            assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+    with pytest.raises(ValueError, match="holds 3 steps, the recipe has 4"):
+        feed_from(folder)(replace(recipe, optim=replace(recipe.optim, max_steps=4)), processor, cpu, World())
+
+
+def test_a_task_is_one_process_s(tmp_path: Path) -> None:
+    def hold(ready: Any, stop: Any) -> None:
+        assert lock(tmp_path, "clip") is not None
+        ready.set()
+        stop.wait(20)
+
+    fork = multiprocessing.get_context("fork")
+    ready, stop = fork.Event(), fork.Event()
+    other = fork.Process(target=hold, args=(ready, stop))
+    other.start()
+    assert ready.wait(20)
+    assert not is_free(tmp_path, "clip")
+    assert lock(tmp_path, "clip") is None
+    other.kill()
+    other.join()
+    assert is_free(tmp_path, "clip")
+    assert lock(tmp_path, "clip") is not None
 
 
 def test_a_run_leaves_one_small_file(rehearsed: Study) -> None:
