@@ -29,7 +29,7 @@ def render(scene: Scene, size: int = SIDE, marks: list[Mark] | None = None) -> I
     """
     canvas = _Canvas(_ground(scene.background, size), size / SIDE, marks)
     if scene.panel:
-        canvas.image.paste(scene.panel_colour, tuple(round(v * canvas.scale) for v in scene.panel))
+        canvas.pixels.paste(scene.panel_colour, tuple(round(v * canvas.scale) for v in scene.panel))
     if scene.table:
         _table(canvas, scene)
     if scene.chart:
@@ -44,25 +44,26 @@ class _Canvas:
 
     def __init__(self, image: Image.Image, scale: float, marks: list[Mark] | None) -> None:
         self.image, self.scale, self.marks = image, scale, marks
+        self.pixels = image.im  # pasted into as they are: Image.paste takes as long to look at what it is given
 
     def thing(self, name: str, px: int, x: float, y: float, size: str = "") -> None:
         picture = sprites.thing(name, px)
         box = self._box(picture, x, y)
-        self.image.paste(picture, box[:2], picture)
+        self.pixels.paste(picture.im, box, picture.im)
         if self.marks is not None:
             self.marks.append(Mark(name, box, size=size, cover=sprites.thing_cover(name, px)))
 
     def shape(self, item: Item, px: int, x: float, y: float) -> None:
         mask = sprites.shape_mask(item.name, item.fill, px)
         box = self._box(mask, x, y)
-        self.image.paste(COLOURS[item.colour], box[:2], mask)
+        self.pixels.paste(COLOURS[item.colour], box, mask.im)
         if self.marks is not None:
             cover = sprites.shape_cover(item.name, px)
             self.marks.append(Mark(item.name, box, item.colour, item.fill, item.size, cover))
 
     def patch(self, colour: str, box: tuple[int, int, int, int]) -> None:
         """A rectangle, right and bottom edge not included."""
-        self.image.paste(COLOURS[colour], box)
+        self.pixels.paste(COLOURS[colour], box)
         if self.marks is not None:
             cover = np.ones((box[3] - box[1], box[2] - box[0]), bool)
             self.marks.append(Mark("patch", box, colour, cover=cover))
@@ -70,7 +71,7 @@ class _Canvas:
     def write(self, text: str, face: int, px: int, x: float, y: float, ink: RGB, colour: str) -> None:
         mask = sprites.text_mask(text, face, px)
         box = self._box(mask, x, y)
-        self.image.paste(ink, box[:2], mask)
+        self.pixels.paste(ink, box, mask.im)
         if self.marks is not None:
             size = written_size(px / self.scale)
             edges = [box[0] + edge for edge in sprites.character_edges(text, face, px)]
@@ -80,8 +81,9 @@ class _Canvas:
 
     @staticmethod
     def _box(picture: Image.Image, x: float, y: float) -> tuple[int, int, int, int]:
-        left, top = round(x - picture.width / 2), round(y - picture.height / 2)
-        return left, top, left + picture.width, top + picture.height
+        width, height = picture.size
+        left, top = round(x - width / 2), round(y - height / 2)
+        return left, top, left + width, top + height
 
 
 @cache
@@ -113,14 +115,23 @@ def _veil(style: str, variant: int, size: int) -> Image.Image:
 
 
 def _ground(background: Background, size: int) -> Image.Image:
-    image = Image.new("RGB", (size, size), background.base)
-    if background.style != "plain":
-        veil = _veil(background.style, background.variant % _TEXTURES, size)
-        x, y = background.variant // 7 % size, background.variant // 91 % size
-        if background.style == "gradient":
-            x = y = size // 2
-        image.paste(background.second, (0, 0), veil.crop((x, y, x + size, y + size)))
-    return image
+    """The veil's 256 levels are blended once and looked up: far fewer than there are pixels."""
+    if background.style == "plain":
+        return Image.new("RGB", (size, size), background.base)
+    veil = _veil(background.style, background.variant % _TEXTURES, size)
+    x, y = background.variant // 7 % size, background.variant // 91 % size
+    if background.style == "gradient":
+        x = y = size // 2
+    shades = Image.new("RGB", (256, 1), background.base)
+    shades.paste(background.second, (0, 0), _levels())
+    ground = veil.crop((x, y, x + size, y + size))
+    ground.putpalette(shades.tobytes())
+    return ground.convert("RGB")
+
+
+@cache
+def _levels() -> Image.Image:
+    return Image.frombytes("L", (256, 1), bytes(range(256)))
 
 
 def _item(canvas: _Canvas, item: Item) -> None:

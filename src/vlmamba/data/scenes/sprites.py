@@ -194,24 +194,25 @@ def _eroded(mask: Image.Image, width: float) -> Image.Image:
 
 
 @cache
-def _face(index: int, px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def _face(index: int, px: int) -> ImageFont.FreeTypeFont:
     if index:
         for folder in _TEXT_FOLDERS:
             path = Path(folder) / _TEXT_FILES[index - 1]
             if path.is_file():
                 return ImageFont.truetype(str(path), px, layout_engine=ImageFont.Layout.BASIC)
-    return ImageFont.load_default(px)
+    font = ImageFont.load_default(px)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # of any size that is named
+    return font
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=16384)
 def _line(text: str, face: int, px: int) -> tuple[Image.Image, float]:
     """Mask of a line of text, cropped to its ink, and how far left of it the pen began."""
-    font = _face(face, px)
-    left, top, right, bottom = font.getbbox(text)
-    canvas = Image.new("L", (int(right - left) + 2, int(bottom - top) + 2))
-    ImageDraw.Draw(canvas).text((1 - left, 1 - top), text, font=font, fill=255)
-    box = canvas.getbbox() or (0, 0, *canvas.size)
-    return canvas.crop(box), box[0] - (1 - left)
+    ink, (left, _) = _face(face, px).getmask2(text, "L")
+    box = ink.getbbox() or (0, 0, *ink.size)
+    mask = Image.new("L", (box[2] - box[0], box[3] - box[1]))
+    mask.im.paste(ink.crop(box), (0, 0, *mask.size))
+    return mask, box[0] + left
 
 
 def text_mask(text: str, face: int, px: int) -> Image.Image:
@@ -219,14 +220,14 @@ def text_mask(text: str, face: int, px: int) -> Image.Image:
     return _line(text, face, px)[0]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=16384)
 def character_edges(text: str, face: int, px: int) -> tuple[float, ...]:
     """Where each character of a line begins, and the last one ends, in pixels from the left edge of its mask."""
     font, start = _face(face, px), _line(text, face, px)[1]
     return tuple(font.getlength(text[:count]) - start for count in range(len(text) + 1))
 
 
-@lru_cache(maxsize=16384)
+@lru_cache(maxsize=65536)
 def text_size(text: str, face: int, px: int) -> tuple[int, int]:
     """Width and height of the ink of `text`."""
     left, top, right, bottom = _face(face, px).getbbox(text)
