@@ -104,10 +104,13 @@ def draw(study: Study, chosen: Sequence[Variant], seeds: int, deadline: float | 
     from studies.ablations.work import PREPARE, finished
 
     every = tasks(chosen, seeds)
-    needed = {need for task in every if not finished(study, task.name) for need in task.needs}
-    drawing = [Task(t.name, t.needs) for t in every if t.name in needed and t.name.startswith((PREPARE, DRAW))]
+
+    def done(task: str) -> bool:
+        return finished(study, task) or not any(task in t.needs and not finished(study, t.name) for t in every)
+
+    drawing = [Task(task.name, task.needs) for task in every if task.name.startswith((PREPARE, DRAW))]
     drawing.sort(key=lambda task: task.name == STAGE_0["patches"])
-    return int(bool(do_all(study, drawing, lambda task: finished(study, task), [None], deadline)))
+    return int(bool(do_all(study, drawing, done, [None], deadline)))
 
 
 def tasks(chosen: Sequence[Variant], seeds: int) -> list[Task]:
