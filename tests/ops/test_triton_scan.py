@@ -103,6 +103,26 @@ def test_bare():
     )
 
 
+def test_walks_cut_differently(monkeypatch):
+    """The segments of the three walks (forward, backward's forward, back) need not be the same."""
+    for name, rounds in (("ROUNDS", 1), ("ROUNDS_BACK", 1), ("ROUNDS_OUTPUT", 9)):
+        monkeypatch.setattr(scan, name, rounds)
+    t = inputs(1, 26, 100, 16)
+    cuts = [scan.segment_length(4, 26, t["x"].device, rounds) for rounds in (1, 9)]
+    assert DEVICE == "cuda" or cuts == [16, 8]
+    check(t)
+    check(t, torch.tensor([[0] * 9 + [1] * 10 + [-1] * 7], dtype=torch.int32, device=DEVICE))
+
+
+def test_unsaved():
+    t = inputs(1, 9, 24, 16)
+    args = (*(t[n] for n in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")), True, t["initial"], None, True)
+    (y, h, saved), (plain_y, plain_h, _) = scan.forward(*args, save=False), scan.forward(*args)
+    assert saved.numel() == 0
+    assert torch.equal(y, plain_y)
+    assert torch.equal(h, plain_h)
+
+
 def test_resets_and_padding():
     t = inputs(3, 13, 8, 16)
     seq_idx = torch.tensor(

@@ -65,9 +65,13 @@ class Extent:
     valid: int
     restarts: np.ndarray
 
-    def chunks(self) -> np.ndarray:
-        """int64 [count, 4]: first step, end, whether a sequence begins, slot of the kept state or -1."""
-        return _chunks(self.valid, self.restarts)
+    def chunks(self, keep: bool = True) -> np.ndarray:
+        """int64 [count, 4]: first step, end, whether a sequence begins, slot of the kept state or -1 (always without
+        `keep`)."""
+        table = _chunks(self.valid, self.restarts)
+        if not keep:
+            table[:, 3] = -1
+        return table
 
     def chunks_back(self) -> np.ndarray:
         """The same, walking from the last valid position to the first."""

@@ -57,7 +57,7 @@ def selective_scan(
     inputs = (x_BLD, dt_BLD, A_DN, B_BLN, C_BLN, D, z, dt_bias)
     if dispatch.runs_directly(*inputs, initial_state):
         form = dispatch.module(_OP, chosen)
-        y, final, _ = form.forward(*inputs, dt_softplus, initial_state, seq_idx, return_final_state)
+        y, final, _ = form.forward(*inputs, dt_softplus, initial_state, seq_idx, return_final_state, save=False)
     else:
         y, final, _ = _scan(*inputs, dt_softplus, initial_state, seq_idx, return_final_state, chosen)
     return y, final

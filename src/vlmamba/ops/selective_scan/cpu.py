@@ -43,10 +43,12 @@ def saved_shape(batch: int, length: int, channels: int, states: int, orders: int
 def forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     dt_softplus: bool, initial_state: Tensor | None, seq_idx: Tensor | None, return_final_state: bool,
+    save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns y (B, L, D) in x's dtype, the final state (B, D, N) or an empty tensor, and the kept states."""
+    """Returns y (B, L, D) in x's dtype, the final state (B, D, N) or an empty tensor, and the kept states (none without
+    `save`)."""
     rows = _one_order(x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx)
-    y, state, saved = scan_rows(rows, None if initial_state is None else initial_state[:, None])
+    y, state, saved = scan_rows(rows, None if initial_state is None else initial_state[:, None], save)
     final = rows.cut.whole(state)[:, 0] if return_final_state else state.new_empty(0)
     return y[:, 0].to(x.dtype), final, saved
 
@@ -133,15 +135,15 @@ class RowGradients:
     state: Tensor  # (B, K, D, N)
 
 
-def scan_rows(rows: Rows, initial_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y (B, K, L, D), the final states (B, K, M, N, lanes), and the kept states."""
+def scan_rows(rows: Rows, initial_state: Tensor | None, save: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns y (B, K, L, D), the final states (B, K, M, N, lanes), and the kept states (none without `save`)."""
     batch, orders, length, channels = rows.x.shape
     states = rows.A.shape[2]
     state = rows.start(initial_state)
-    saved = torch.empty(saved_shape(batch, length, channels, states, orders))
+    saved = torch.empty(saved_shape(batch, length if save else 0, channels, states, orders))
     y = new_rows(rows.x.shape, rows.extents)
     kernel = _kernel("forward", states)
-    chunks = [row.chunks() for row in rows.extents]
+    chunks = [row.chunks(keep=save) for row in rows.extents]
     work = []
     for b, k in np.ndindex(batch, orders):
         table = rows.table(b, k, chunks[b])

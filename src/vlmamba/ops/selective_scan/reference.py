@@ -53,15 +53,17 @@ def saved_shape(batch: int, length: int, channels: int, states: int) -> tuple[in
 def forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     dt_softplus: bool, initial_state: Tensor | None, seq_idx: Tensor | None, return_final_state: bool,
+    save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns y (B, L, D) in x's dtype, the final state (B, D, N) or an empty tensor, and the kept states."""
+    """Returns y (B, L, D) in x's dtype, the final state (B, D, N) or an empty tensor, and the kept states (none without
+    `save`)."""
     inputs = _inputs(x, dt, A, B, C, z, dt_bias, dt_softplus, seq_idx)
     batch, length, channels = x.shape
     state_BND = _initial(initial_state, inputs, batch)
-    saved = state_BND.new_empty(saved_shape(batch, length, channels, A.shape[1]))
+    saved = state_BND.new_empty(saved_shape(batch, length, channels, A.shape[1]) if save else (0,))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for start in range(0, length, STEP):
-        if start % KEPT == 0:
+        if save and start % KEPT == 0:
             saved[:, start // KEPT] = state_BND
         steps = slice(start, min(start + STEP, length))
         chunk = _chunk(inputs, steps, need_slope=False)

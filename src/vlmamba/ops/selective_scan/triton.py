@@ -5,8 +5,12 @@ One set of kernels serves both: a row is a sequence (K = 1) or one order of one 
 memory its step t stands. A program is one warp that walks a segment of a row for 128 / S channels (`vlmamba.ops.lanes`
 says how its lanes share them). Where rows and channels are too few to fill the GPU, a row is cut into segments: a
 first pass finds what each segment adds to the state, and the main pass begins by folding what the segments before it
-added. The forward pass saves the state every CHUNK steps; the backward pass recomputes the rest. Every sum over
-programs goes through partial results in memory and a second pass, so two runs agree bit for bit.
+added.
+
+The forward pass saves the state every CHUNK steps. The backward pass is two walks that never hold the state and its
+gradient together: one forward with the state, from any saved one, and one back with the gradient; a number for each
+step and channel that the first leaves behind takes the place of the states in the second. Every sum over programs goes
+through partial results in memory and a second pass, so two runs agree bit for bit.
 
 Letters: B batch, K scan orders, R = B * K rows, L length (or patches), D channels, N state size, C saved chunks, G
 segments, J blocks of channels, S lanes of a group of 4 channels, NS states of a lane, T steps done together.
@@ -21,16 +25,22 @@ import triton
 from torch import Tensor
 
 from vlmamba.ops.selective_scan.triton_kernels import (
-    backward_kernel,
-    forward_kernel,
-    segment_grad_kernel,
-    segment_kernel,
+    scan_forward_kernel,
+    scan_output_grad_kernel,
+    scan_segment_grad_kernel,
+    scan_segment_kernel,
+    scan_state_grad_kernel,
 )
 
 T = 4  # steps done together in forward: their loads are in flight while the steps before are computed
-T_BACK = 2  # the same in backward, which holds the states of these steps in registers: 4 of them spill
-CHUNK = 32  # steps between two saved states
-ROUNDS = 2  # warps that each of a multiprocessor's four schedulers should have before a row is left whole
+T_BACK = 2  # the same in backward
+CHUNK = 64  # steps between two saved states
+# Warps that each of a multiprocessor's four schedulers should have before a row is left whole: forward, walking back,
+# and for the backward pass's walk forward, whose segments begin from saved states and so cost nothing.
+ROUNDS = 2
+ROUNDS_BACK = 3
+ROUNDS_OUTPUT = 10
+REGISTERS_BACK = 168  # so that as many warps fit a multiprocessor as hide the latency
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -73,9 +83,10 @@ def lanes_of(N: int) -> tuple[int, int]:
 
 
 def saved_shape(batch: int, length: int, channels: int, states: int) -> tuple[int, ...]:
-    """Shape of the third output of `forward`: the states every CHUNK steps, in the kernels' own layout."""
+    """Shape of the third output of `forward`: the states before every CHUNK steps and after the last one, in the
+    kernels' own layout."""
     S, NS = lanes_of(states)
-    return (batch, 1, triton.cdiv(length, CHUNK), triton.cdiv(channels, 128 // S), 4 * NS, 32)
+    return (batch, 1, triton.cdiv(length, CHUNK) + 1, triton.cdiv(channels, 128 // S), 4 * NS, 32)
 
 
 @functools.cache
@@ -84,10 +95,9 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def segment_length(programs: int, length: int, device: torch.device) -> int:
-    """Steps of a segment, a multiple of CHUNK: the row whole if `programs` warps fill the GPU, else cut so that they
-    do."""
-    segments = max(1, ROUNDS * 4 * multiprocessors(device) // max(programs, 1))
+def segment_length(warps: int, length: int, device: torch.device, rounds: int) -> int:
+    """Steps of a segment, a multiple of CHUNK: the row whole if `warps` fill the GPU, else cut so that they do."""
+    segments = max(1, rounds * 4 * multiprocessors(device) // max(warps, 1))
     return triton.cdiv(triton.cdiv(length, segments), CHUNK) * CHUNK
 
 
@@ -110,62 +120,51 @@ def _is_packed(N: int, NS: int, S: int, *matrices: Tensor) -> bool:
     return S * NS == N and all(aligned)
 
 
-def _output(like: Tensor, shape: tuple[int, ...], padded: bool) -> Tensor:
-    """Padded positions are never visited, so there the output begins at zero."""
-    make = torch.zeros if padded else torch.empty
-    return make(shape, dtype=like.dtype, device=like.device)
+def _is_whole(length: int, steps: int, seq_idx: Tensor | None, grid: tuple[int, int]) -> bool:
+    """Whether every row is made of groups of `steps` neighbours, so that no step needs a bound of its own."""
+    return length % steps == 0 and seq_idx is None and grid == (0, 0)
 
 
 def scan_rows(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     softplus: bool, initial: Tensor | None, seq_idx: Tensor | None, return_final: bool,
-    grid: tuple[int, int] = (0, 0), orders: int = 0,
+    grid: tuple[int, int] = (0, 0), orders: int = 0, save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Scan K orders of B rows: x, dt (B, K, L, D), B, C (B, K, L, N), A (K, D, N), D, dt_bias (K, D), z (B, L, D);
     states (B, K, D, N). Gives y (B, K, L, D), the final state (empty unless asked for) and the states the backward
-    needs."""
+    needs (empty without `save`)."""
     batch, K, length, dim = x.shape
     N = B.shape[-1]
     S, NS = lanes_of(N)
     x, dt, B, C, A = row_major(x), row_major(dt), row_major(B), row_major(C), A.contiguous()
     z = z if z is None else row_major(z)
     blocks, rows = triton.cdiv(dim, 128 // S), batch * K
-    y = _output(x, (batch, K, length, dim), seq_idx is not None)
-    saved = torch.empty((batch, K, *saved_shape(1, length, dim, N)[2:]), dtype=torch.float32, device=x.device)
+    y = torch.empty((batch, K, length, dim), dtype=x.dtype, device=x.device)
+    kept = (batch, K, *saved_shape(1, length, dim, N)[2:]) if save else (0, 0, 0)
+    saved = torch.empty(kept, dtype=torch.float32, device=x.device)
     final = torch.empty((batch, K, dim, N) if return_final else (0,), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return y, final if initial is None or not return_final else final.copy_(initial), saved
-    steps = segment_length(blocks * rows, length, x.device)
+    steps = segment_length(blocks * rows, length, x.device, ROUNDS)
     segments = triton.cdiv(length, steps)
     parts = spans = None
     lengths = valid_lengths(seq_idx)
     shape = (length, dim, N, K, orders, *grid, steps, segments)
     flags = {
-        "T": T, "S": S, "NS": NS, "SOFTPLUS": softplus, "GRID": grid != (0, 0), "PACKED": _is_packed(N, NS, S, B, C),
+        "CHUNK": CHUNK, "T": T, "S": S, "NS": NS, "SOFTPLUS": softplus, "GRID": grid != (0, 0),
+        "PACKED": _is_packed(N, NS, S, B, C), "WHOLE": _is_whole(length, T, seq_idx, grid),
         "HAS_BIAS": dt_bias is not None, "HAS_SEQ": seq_idx is not None, "num_warps": 1,
     }  # fmt: skip
     if segments > 1:
         parts, spans = _segment_buffers(rows, segments, blocks, NS, x.device)
-        segment_kernel[(blocks, segments - 1, rows)](
-            x,
-            dt,
-            A,
-            B,
-            dt_bias,
-            seq_idx,
-            lengths,
-            parts,
-            spans,
-            *shape,
-            *_strides(x),
-            *_strides(dt),
-            *_strides(B),
+        scan_segment_kernel[(blocks, segments - 1, rows)](
+            x, dt, A, B, dt_bias, seq_idx, lengths, parts, spans, *shape, *_strides(x), *_strides(dt), *_strides(B),
             **flags,
-        )
-    forward_kernel[(blocks, segments, rows)](
-        x, dt, A, B, C, D, z, dt_bias, initial, seq_idx, lengths, parts, spans, y, final, saved, *shape, saved.shape[2],
+        )  # fmt: skip
+    scan_forward_kernel[(blocks, segments, rows)](
+        x, dt, A, B, C, D, z, dt_bias, initial, seq_idx, lengths, parts, spans, y, final, saved, *shape, kept[2],
         *_strides(x), *_strides(dt), *_strides(B), *_strides(C), *_outer(z),
-        CHUNK=CHUNK, HAS_D=D is not None, HAS_Z=z is not None, HAS_INITIAL=initial is not None, HAS_FINAL=return_final,
+        SAVE=save, HAS_D=D is not None, HAS_Z=z is not None, HAS_INITIAL=initial is not None, HAS_FINAL=return_final,
         HAS_PARTS=segments > 1, **flags,
     )  # fmt: skip
     return y, final, saved
@@ -188,45 +187,56 @@ def scan_rows_backward(
     S, NS = lanes_of(N)
     dy, x, dt, B, C, A = row_major(dy), row_major(x), row_major(dt), row_major(B), row_major(C), A.contiguous()
     z = z if z is None else row_major(z)
-    padded = seq_idx is not None
     blocks, rows = triton.cdiv(dim, 128 // S), batch * K
-    steps = segment_length(blocks * rows, length, x.device) if length else CHUNK
-    segments = triton.cdiv(length, steps)
+
+    def cut(rounds: int) -> tuple[int, int]:
+        steps = segment_length(blocks * rows, length, x.device, rounds) if length else CHUNK
+        return steps, triton.cdiv(length, steps)
+
+    steps, segments = cut(ROUNDS_BACK)
+    output_steps, output_segments = cut(ROUNDS_OUTPUT)
     f32 = x.new_empty(0, dtype=torch.float32)
-    dx, ddt = _output(x, (batch, K, length, dim), padded), _output(dt, (batch, K, length, dim), padded)
-    dz = None if z is None else _output(z, (batch, length, dim), padded)
-    dBC = _output(f32, (batch, K, blocks, length, 2 * N), padded)
-    dA = f32.new_empty((batch, K, segments, dim, N))
-    dD, dbias = (None if t is None else f32.new_empty((batch, K, segments, dim)) for t in (D, dt_bias))
+    dx, ddt = (torch.empty((batch, K, length, dim), dtype=t.dtype, device=t.device) for t in (x, dt))
+    dz = None if z is None else torch.empty((batch, length, dim), dtype=z.dtype, device=z.device)
+    dBC = f32.new_empty((batch, K, blocks, length, 2 * N))
+    dA, output_dA = f32.new_empty((batch, K, segments, dim, N)), f32.new_empty((batch, K, output_segments, dim, N))
+    dD = None if D is None else f32.new_empty((batch, K, output_segments, dim))
+    dbias = None if dt_bias is None else f32.new_empty((batch, K, segments, dim))
     dinitial = None
     if needs_initial:
         dinitial = f32.new_empty((batch, K, dim, N)) if x.numel() else _no_steps(dfinal, f32, (batch, K, dim, N))
     if x.numel():
-        parts = spans = None
-        scratch = f32.new_empty((rows, segments, blocks, CHUNK // T_BACK, 4 * NS, 32))
+        parts = part_spans = None
+        work, spans = f32.new_empty((rows, length, dim)), f32.new_empty((rows, saved.shape[2], dim))
         lengths = valid_lengths(seq_idx)
-        shape = (length, dim, N, K, orders, *grid, steps, segments)
+        walk = (length, dim, N, K, orders, *grid)
+        strides = (*_outer(dy), *_strides(x), *_strides(dt), *_strides(B), *_strides(C), *_outer(z))
         flags = {
-            "T": T_BACK, "S": S, "NS": NS, "SOFTPLUS": softplus, "GRID": grid != (0, 0),
-            "PACKED": _is_packed(N, NS, S, B, C), "HAS_Z": z is not None, "HAS_BIAS": dt_bias is not None,
-            "HAS_SEQ": padded, "num_warps": 1,
+            "CHUNK": CHUNK, "T": T_BACK, "S": S, "NS": NS, "SOFTPLUS": softplus, "GRID": grid != (0, 0),
+            "PACKED": _is_packed(N, NS, S, B, C), "WHOLE": _is_whole(length, T_BACK, seq_idx, grid),
+            "HAS_Z": z is not None, "HAS_BIAS": dt_bias is not None, "HAS_SEQ": seq_idx is not None, "num_warps": 1,
         }  # fmt: skip
+        if torch.version.hip is None:
+            flags["maxnreg"] = REGISTERS_BACK
         if segments > 1:
-            parts, spans = _segment_buffers(rows, segments, blocks, NS, x.device)
-            segment_grad_kernel[(blocks, segments, rows)](
-                dy, dt, A, C, z, dt_bias, seq_idx, lengths, parts, spans, *shape, *_outer(dy), *_strides(dt),
-                *_strides(C), *_outer(z), **flags,
+            parts, part_spans = _segment_buffers(rows, segments, blocks, NS, x.device)
+            scan_segment_grad_kernel[(blocks, segments, rows)](
+                dy, dt, A, C, z, dt_bias, seq_idx, lengths, parts, part_spans, *walk, steps, segments,
+                *_outer(dy), *_strides(dt), *_strides(C), *_outer(z), **flags,
             )  # fmt: skip
-        backward_kernel[(blocks, segments, rows)](
-            dy, dfinal, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, saved, scratch, parts, spans,
-            dx, ddt, dA, dBC, dD, dz, dbias, dinitial, *shape, saved.shape[2],
-            *_outer(dy), *_strides(x), *_strides(dt), *_strides(B), *_strides(C), *_outer(z),
-            CHUNK=CHUNK, HAS_D=D is not None, HAS_DFINAL=dfinal is not None, HAS_DINITIAL=needs_initial,
-            HAS_PARTS=segments > 1, **flags,
+        scan_output_grad_kernel[(blocks, output_segments, rows)](
+            dy, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, saved, work, spans, output_dA, dBC, dD, dz,
+            *walk, output_steps, output_segments, saved.shape[2], *strides, HAS_D=D is not None, **flags,
+        )  # fmt: skip
+        scan_state_grad_kernel[(blocks, segments, rows)](
+            dy, dfinal, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, saved, work, spans, parts, part_spans,
+            dx, ddt, dA, dBC, dbias, dinitial, *walk, steps, segments, saved.shape[2], *strides,
+            HAS_D=D is not None, HAS_DFINAL=dfinal is not None, HAS_DINITIAL=needs_initial, HAS_PARTS=segments > 1,
+            **flags,
         )  # fmt: skip
     dB, dC = dBC.sum(2).split(N, -1)
     return (
-        dx, ddt, dA.sum((0, 2)), dB.to(B.dtype).contiguous(), dC.to(C.dtype).contiguous(),
+        dx, ddt, dA.sum((0, 2)) + output_dA.sum((0, 2)), dB.to(B.dtype).contiguous(), dC.to(C.dtype).contiguous(),
         None if dD is None else dD.sum((0, 2)), dz,
         None if dbias is None else dbias.sum((0, 2)), dinitial,
     )  # fmt: skip
@@ -240,10 +250,11 @@ def _no_steps(dfinal: Tensor | None, f32: Tensor, shape: tuple[int, ...]) -> Ten
 def forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     dt_softplus: bool, initial_state: Tensor | None, seq_idx: Tensor | None, return_final_state: bool,
+    save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """x, dt, z (B, L, D), A (D, N), B, C (B, L, N), D, dt_bias (D,), initial_state (B, D, N), seq_idx (B, L) int32,
     negative for padding. Gives y (B, L, D), the final state (B, D, N) or an empty tensor, and the saved states for
-    `backward`.
+    `backward` (empty without `save`).
     Raises ValueError for a dtype or device that the kernels cannot take."""
     check(
         "selective_scan",
@@ -260,7 +271,7 @@ def forward(
     )
     y, final, saved = scan_rows(
         x[:, None], dt[:, None], A[None], B[:, None], C[:, None], _vector(D), z, _vector(dt_bias), dt_softplus,
-        _state(initial_state), _indices(seq_idx), return_final_state,
+        _state(initial_state), _indices(seq_idx), return_final_state, save=save,
     )  # fmt: skip
     return y[:, 0], final[:, 0] if return_final_state else final, saved
 

@@ -21,7 +21,6 @@ from vlmamba.ops.lanes import (
     fetch,
     fetch_states,
     fold,
-    is_reset,
     keep_unless,
     load_matrix,
     load_values,
@@ -47,16 +46,49 @@ def _lanes(states, dim, S: tl.constexpr, NS: tl.constexpr):
 
 
 @triton.jit
-def _step_sizes(raw, bias, first, last, T: tl.constexpr, SOFTPLUS: tl.constexpr):
+def _step_sizes(raw, bias, first, last, T: tl.constexpr, SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr):
     """Own channel's dt at T steps, 0 from `last` on (the state stays), and what stood before the softplus."""
     sizes = ()
     before = ()
     for j in tl.static_range(T):
         v = raw[j].to(tl.float32) + bias
         size = softplus(v) if SOFTPLUS else v
-        sizes = sizes + (tl.where(first + j < last, size, 0.0),)
+        sizes = sizes + (size if WHOLE else tl.where(first + j < last, size, 0.0),)
         before = before + (v,)
     return sizes, before
+
+
+@triton.jit
+def _steps(first, last, length, orders, k, height, width, T: tl.constexpr, GRID: tl.constexpr, WHOLE: tl.constexpr):
+    """Positions of T steps from `first`. Where the row divides into T steps each (WHOLE) only the group is kept
+    inside, so that its steps stand at fixed distances from each other."""
+    at = ()
+    if WHOLE:
+        start = tl.minimum(first, last - T).to(tl.int64)
+        for j in tl.static_range(T):
+            at = at + (start + j,)
+    else:
+        at = places(first, last, length, orders, k, height, width, T, GRID)
+    return at
+
+
+@triton.jit
+def _resets(seq_idx, base, first, last, CHUNK: tl.constexpr, HAS_SEQ: tl.constexpr):
+    """A word whose bit j says whether a new sequence begins at step `first + j` (never at step 0, which continues from
+    the initial state)."""
+    word = tl.zeros([], tl.int64)
+    if HAS_SEQ:
+        j = tl.arange(0, CHUNK)
+        here = tl.load(seq_idx + base + first + j, mask=first + j < last, other=0)
+        before = tl.load(seq_idx + base + tl.maximum(first + j - 1, 0), mask=first + j < last, other=0)
+        word = tl.sum((here != before).to(tl.int64) << j.to(tl.int64), 0)
+    return word
+
+
+@triton.jit
+def _is_in(resets, j):
+    """Whether bit j of the word is set."""
+    return ((resets >> j) & 1) != 0
 
 
 @triton.jit
@@ -82,12 +114,12 @@ def _read_out(h, C_t, S: tl.constexpr, NS: tl.constexpr):
 
 
 @triton.jit
-def segment_kernel(
+def scan_segment_kernel(
     x, dt, A, B, dt_bias, seq_idx, lengths, parts, spans,
     length, dim, states, rows_k, orders, height, width, segment_length, segments,
-    x_b, x_k, x_l, dt_b, dt_k, dt_l, B_b, B_k, B_l,
-    T: tl.constexpr, S: tl.constexpr, NS: tl.constexpr, SOFTPLUS: tl.constexpr, GRID: tl.constexpr,
-    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
+    x_b, x_k, x_l: tl.constexpr, dt_b, dt_k, dt_l: tl.constexpr, B_b, B_k, B_l: tl.constexpr,
+    CHUNK: tl.constexpr, T: tl.constexpr, S: tl.constexpr, NS: tl.constexpr, SOFTPLUS: tl.constexpr, GRID: tl.constexpr,
+    PACKED: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
 ):  # fmt: skip
     """What a segment adds to the state, beginning from zero, and its sum of dt."""
     row = tl.program_id(2).to(tl.int64)
@@ -104,39 +136,43 @@ def segment_kernel(
     B += b * B_b + k * B_k + state
     h = zeros(4 * NS)
     span = tl.zeros([32], tl.float32)
-    at = places(begin, last, length, orders, k, height, width, T, GRID)
+    at = _steps(begin, last, length, orders, k, height, width, T, GRID, WHOLE)
     x_raw, dt_raw, B_raw = (
         fetch(x, x_l, at, T),
         fetch(dt, dt_l, at, T),
         fetch_states(B, B_l, at, states - state, T, NS, PACKED),
     )
-    for first in range(begin, last, T):
-        at = places(first + T, last, length, orders, k, height, width, T, GRID)
-        x_next, dt_next = fetch(x, x_l, at, T), fetch(dt, dt_l, at, T)
-        B_next = fetch_states(B, B_l, at, states - state, T, NS, PACKED)
-        sizes, _ = _step_sizes(dt_raw, bias, first, last, T, SOFTPLUS)
-        for j in tl.static_range(T):
-            if HAS_SEQ:
-                reset = (first + j < last) & is_reset(seq_idx, b * length, tl.minimum(first + j, last - 1))
-                h = keep_unless(reset, h)
-                span = tl.where(reset, float("nan"), span)
-            span += sizes[j]
-            B_t = unpack(B_raw[j], B.dtype.element_ty, PACKED)
-            h = _advance(h, a2, sizes[j], sizes[j] * x_raw[j].to(tl.float32), B_t, S, NS)
-        x_raw, dt_raw, B_raw = x_next, dt_next, B_next
+    for chunk_first in range(begin, last, CHUNK):
+        resets = _resets(seq_idx, b * length, chunk_first, last, CHUNK, HAS_SEQ)
+        for first in range(chunk_first, tl.minimum(chunk_first + CHUNK, last), T):
+            at = _steps(first + T, last, length, orders, k, height, width, T, GRID, WHOLE)
+            x_next, dt_next = fetch(x, x_l, at, T), fetch(dt, dt_l, at, T)
+            B_next = fetch_states(B, B_l, at, states - state, T, NS, PACKED)
+            sizes, _ = _step_sizes(dt_raw, bias, first, last, T, SOFTPLUS, WHOLE)
+            for j in tl.static_range(T):
+                if HAS_SEQ:
+                    reset = _is_in(resets, first - chunk_first + j)
+                    h = keep_unless(reset, h)
+                    span = tl.where(reset, float("nan"), span)
+                span += sizes[j]
+                B_t = unpack(B_raw[j], B.dtype.element_ty, PACKED)
+                h = _advance(h, a2, sizes[j], sizes[j] * x_raw[j].to(tl.float32), B_t, S, NS)
+            x_raw, dt_raw, B_raw = x_next, dt_next, B_next
     part = (row * segments + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     store_values(parts + part * (4 * NS * 32), h)
     tl.store(spans + part * 32 + tl.arange(0, 32), span)
 
 
 @triton.jit
-def forward_kernel(
+def scan_forward_kernel(
     x, dt, A, B, C, D, z, dt_bias, initial, seq_idx, lengths, parts, spans, y, final, saved,
-    length, dim, states, rows_k, orders, height, width, segment_length, segments, chunks,
-    x_b, x_k, x_l, dt_b, dt_k, dt_l, B_b, B_k, B_l, C_b, C_k, C_l, z_b, z_l,
+    length, dim: tl.constexpr, states, rows_k, orders, height, width, segment_length, segments, chunks,
+    x_b, x_k, x_l: tl.constexpr, dt_b, dt_k, dt_l: tl.constexpr,
+    B_b, B_k, B_l: tl.constexpr, C_b, C_k, C_l: tl.constexpr, z_b, z_l: tl.constexpr,
     CHUNK: tl.constexpr, T: tl.constexpr, S: tl.constexpr, NS: tl.constexpr, SOFTPLUS: tl.constexpr, GRID: tl.constexpr,
-    PACKED: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    HAS_SEQ: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_PARTS: tl.constexpr,
+    PACKED: tl.constexpr, WHOLE: tl.constexpr, SAVE: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_FINAL: tl.constexpr,
+    HAS_PARTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(2).to(tl.int64)
     b, k = row // rows_k, row % rows_k
@@ -160,7 +196,7 @@ def forward_kernel(
     B += b * B_b + k * B_k + state
     C += b * C_b + k * C_k + state
     y += row * length * dim + own
-    at = places(begin, last, length, orders, k, height, width, T, GRID)
+    at = _steps(begin, last, length, orders, k, height, width, T, GRID, WHOLE)
     x_raw, dt_raw, z_raw = fetch(x, x_l, at, T), fetch(dt, dt_l, at, T), ()
     B_raw = fetch_states(B, B_l, at, states - state, T, NS, PACKED)
     C_raw = fetch_states(C, C_l, at, states - state, T, NS, PACKED)
@@ -168,22 +204,21 @@ def forward_kernel(
         z += b * z_b + d
         z_raw = fetch(z, z_l, at, T)
     for chunk_first in range(begin, last, CHUNK):
-        chunk = (row * chunks + chunk_first // CHUNK) * blocks + tl.program_id(0)
-        store_values(saved + chunk * (4 * NS * 32), h)
+        if SAVE:
+            store_values(saved + ((row * chunks + chunk_first // CHUNK) * blocks + tl.program_id(0)) * (4 * NS * 32), h)
+        resets = _resets(seq_idx, b * length, chunk_first, last, CHUNK, HAS_SEQ)
         for first in range(chunk_first, tl.minimum(chunk_first + CHUNK, last), T):
-            next_at = places(first + T, last, length, orders, k, height, width, T, GRID)
+            next_at = _steps(first + T, last, length, orders, k, height, width, T, GRID, WHOLE)
             x_next, dt_next, z_next = fetch(x, x_l, next_at, T), fetch(dt, dt_l, next_at, T), ()
             B_next = fetch_states(B, B_l, next_at, states - state, T, NS, PACKED)
             C_next = fetch_states(C, C_l, next_at, states - state, T, NS, PACKED)
             if HAS_Z:
                 z_next = fetch(z, z_l, next_at, T)
-            sizes, _ = _step_sizes(dt_raw, bias, first, last, T, SOFTPLUS)
+            sizes, _ = _step_sizes(dt_raw, bias, first, last, T, SOFTPLUS, WHOLE)
             ys = ()
             for j in tl.static_range(T):
                 if HAS_SEQ:
-                    h = keep_unless(
-                        (first + j < last) & is_reset(seq_idx, b * length, tl.minimum(first + j, last - 1)), h
-                    )
+                    h = keep_unless(_is_in(resets, first - chunk_first + j), h)
                 x_t = x_raw[j].to(tl.float32)
                 h = _advance(h, a2, sizes[j], sizes[j] * x_t, unpack(B_raw[j], B.dtype.element_ty, PACKED), S, NS)
                 y_t = _read_out(h, unpack(C_raw[j], C.dtype.element_ty, PACKED), S, NS) + skip * x_t
@@ -192,20 +227,27 @@ def forward_kernel(
                     y_t *= z_t * sigmoid(z_t)
                 ys = ys + (y_t,)
             for j in tl.static_range(T):
-                tl.store(y + at[j] * dim, ys[j].to(y.dtype.element_ty), mask=(own < dim) & (first + j < last))
+                tl.store(y + at[j] * dim, ys[j].to(y.dtype.element_ty), mask=(own < dim) & (WHOLE | (first + j < last)))
             at, x_raw, dt_raw, z_raw, B_raw, C_raw = next_at, x_next, dt_next, z_next, B_next, C_next
+    if SAVE:  # the state after the last step, where the backward pass begins
+        if (last == end) & (begin < last):
+            behind = (row * chunks + tl.cdiv(last, CHUNK)) * blocks + tl.program_id(0)
+            store_values(saved + behind * (4 * NS * 32), h)
+    if HAS_SEQ:
+        for step in range(tl.maximum(begin, last), tl.minimum(begin + segment_length, length)):
+            tl.store(y + step * dim, tl.zeros([32], y.dtype.element_ty), mask=own < dim)
     if HAS_FINAL:
         if tl.program_id(1) == tl.maximum(end - 1, 0) // segment_length:
             store_matrix(final + row * dim * states, h, group, state, dim, states, NS)
 
 
 @triton.jit
-def segment_grad_kernel(
+def scan_segment_grad_kernel(
     dy, dt, A, C, z, dt_bias, seq_idx, lengths, parts, spans,
     length, dim, states, rows_k, orders, height, width, segment_length, segments,
-    dy_b, dy_l, dt_b, dt_k, dt_l, C_b, C_k, C_l, z_b, z_l,
-    T: tl.constexpr, S: tl.constexpr, NS: tl.constexpr, SOFTPLUS: tl.constexpr, GRID: tl.constexpr,
-    PACKED: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
+    dy_b, dy_l: tl.constexpr, dt_b, dt_k, dt_l: tl.constexpr, C_b, C_k, C_l: tl.constexpr, z_b, z_l: tl.constexpr,
+    CHUNK: tl.constexpr, T: tl.constexpr, S: tl.constexpr, NS: tl.constexpr, SOFTPLUS: tl.constexpr, GRID: tl.constexpr,
+    PACKED: tl.constexpr, WHOLE: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
 ):  # fmt: skip
     """What a segment adds to the gradient of the state before it, and its sum of dt."""
     row = tl.program_id(2).to(tl.int64)
@@ -222,26 +264,31 @@ def segment_grad_kernel(
     C += b * C_b + k * C_k + state
     g = zeros(4 * NS)
     span = tl.zeros([32], tl.float32)
-    for back in range(0, tl.cdiv(last - begin, T)):
-        first = begin + (tl.cdiv(last - begin, T) - 1 - back) * T
-        at = places(first, last, length, orders, k, height, width, T, GRID)
-        dy_raw, dt_raw = fetch(dy, dy_l, at, T), fetch(dt, dt_l, at, T)
-        C_raw = fetch_states(C, C_l, at, states - state, T, NS, PACKED)
-        if HAS_Z:
-            z_raw = fetch(z + b * z_b + d, z_l, at, T)
-        sizes, _ = _step_sizes(dt_raw, bias, first, last, T, SOFTPLUS)
-        for j in tl.static_range(T - 1, -1, -1):
-            dy_t = tl.where((own < dim) & (first + j < last), dy_raw[j].to(tl.float32), 0.0)
+    first_chunk, behind_chunk = begin // CHUNK, tl.cdiv(last, CHUNK)
+    for back_chunk in range(first_chunk, behind_chunk):
+        chunk_first = (first_chunk + behind_chunk - 1 - back_chunk) * CHUNK
+        resets = _resets(seq_idx, b * length, chunk_first, last, CHUNK, HAS_SEQ)
+        groups = tl.cdiv(tl.minimum(chunk_first + CHUNK, last) - chunk_first, T)
+        for back in range(groups):
+            first = chunk_first + (groups - 1 - back) * T
+            at = _steps(first, last, length, orders, k, height, width, T, GRID, WHOLE)
+            dy_raw, dt_raw = fetch(dy, dy_l, at, T), fetch(dt, dt_l, at, T)
+            C_raw = fetch_states(C, C_l, at, states - state, T, NS, PACKED)
             if HAS_Z:
-                z_t = z_raw[j].to(tl.float32)
-                dy_t *= z_t * sigmoid(z_t)
-            g = _add_output_grad(g, dy_t, unpack(C_raw[j], C.dtype.element_ty, PACKED), S, NS)
-            g = decayed(g, a2, spread(sizes[j], S), NS)
-            span += sizes[j]
-            if HAS_SEQ:
-                reset = (first + j < last) & is_reset(seq_idx, b * length, tl.minimum(first + j, last - 1))
-                g = keep_unless(reset, g)
-                span = tl.where(reset, float("nan"), span)
+                z_raw = fetch(z + b * z_b + d, z_l, at, T)
+            sizes, _ = _step_sizes(dt_raw, bias, first, last, T, SOFTPLUS, WHOLE)
+            for j in tl.static_range(T - 1, -1, -1):
+                dy_t = tl.where((own < dim) & (WHOLE | (first + j < last)), dy_raw[j].to(tl.float32), 0.0)
+                if HAS_Z:
+                    z_t = z_raw[j].to(tl.float32)
+                    dy_t *= z_t * sigmoid(z_t)
+                g = _add_output_grad(g, dy_t, unpack(C_raw[j], C.dtype.element_ty, PACKED), S, NS)
+                g = decayed(g, a2, spread(sizes[j], S), NS)
+                span += sizes[j]
+                if HAS_SEQ:
+                    reset = _is_in(resets, first - chunk_first + j)
+                    g = keep_unless(reset, g)
+                    span = tl.where(reset, float("nan"), span)
     part = (row * segments + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     store_values(parts + part * (4 * NS * 32), g)
     tl.store(spans + part * 32 + tl.arange(0, 32), span)
@@ -258,24 +305,121 @@ def _add_output_grad(g, dy_t, C_t, S: tl.constexpr, NS: tl.constexpr):
 
 
 @triton.jit
-def backward_kernel(
-    dy, dfinal, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, saved, scratch, parts, spans,
-    dx, ddt, dA, dBC, dD, dz, dbias, dinitial,
+def scan_output_grad_kernel(
+    dy, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, saved, work, spans, dA, dBC, dD, dz,
     length, dim, states, rows_k, orders, height, width, segment_length, segments, chunks,
-    dy_b, dy_l, x_b, x_k, x_l, dt_b, dt_k, dt_l, B_b, B_k, B_l, C_b, C_k, C_l, z_b, z_l,
+    dy_b, dy_l: tl.constexpr, x_b, x_k, x_l: tl.constexpr, dt_b, dt_k, dt_l: tl.constexpr,
+    B_b, B_k, B_l: tl.constexpr, C_b, C_k, C_l: tl.constexpr, z_b, z_l: tl.constexpr,
     CHUNK: tl.constexpr, T: tl.constexpr, S: tl.constexpr, NS: tl.constexpr, SOFTPLUS: tl.constexpr, GRID: tl.constexpr,
-    PACKED: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
-    HAS_DFINAL: tl.constexpr, HAS_DINITIAL: tl.constexpr, HAS_PARTS: tl.constexpr,
+    PACKED: tl.constexpr, WHOLE: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
 ):  # fmt: skip
+    """Walks forward from the saved states: dC, dz, dD, and of each step `work` = sum over n of A dy C h, with dA's
+    share of it."""
     row = tl.program_id(2).to(tl.int64)
     b, k = row // rows_k, row % rows_k
-    blocks = tl.num_programs(0)
-    part = (row * segments + tl.program_id(1)) * blocks + tl.program_id(0)
     group, state, own = _lanes(states, dim, S, NS)
     d = tl.minimum(own, dim - 1)
     a2 = load_matrix(A + k * dim * states, group, state, dim, states, LOG2E, NS)
-    bias = tl.load(dt_bias + k * dim + d) if HAS_BIAS else tl.zeros([32], tl.float32)
-    skip = tl.load(D + k * dim + d) if HAS_D else tl.zeros([32], tl.float32)
+    none = tl.zeros([32], tl.float32)
+    bias = tl.load(dt_bias + k * dim + d) if HAS_BIAS else none
+    skip = tl.load(D + k * dim + d) if HAS_D else none
+    end = tl.load(lengths + b) if HAS_SEQ else length
+    begin = tl.program_id(1) * segment_length
+    last = tl.minimum(begin + segment_length, end)
+    dA_sum, dD_sum = zeros(4 * NS), none
+    blocks = tl.num_programs(0)
+    chunk = (row * chunks + begin // CHUNK) * blocks + tl.program_id(0)
+    h = load_values(saved + chunk * (4 * NS * 32), 4 * NS)
+    x += b * x_b + k * x_k + d
+    dt += b * dt_b + k * dt_k + d
+    B += b * B_b + k * B_k + state
+    C += b * C_b + k * C_k + state
+    dy += b * dy_b + d
+    work += row * length * dim + own
+    dBC += part_row(row, blocks) * length * (2 * states) + states
+    x_raw, dt_raw, dy_raw, z_raw = (), (), (), ()
+    if HAS_Z:
+        z += b * z_b + d
+        dz += b * length * dim + own
+    at = _steps(begin, last, length, orders, k, height, width, T, GRID, WHOLE)
+    x_raw, dt_raw, dy_raw = fetch(x, x_l, at, T), fetch(dt, dt_l, at, T), fetch(dy, dy_l, at, T)
+    if HAS_Z:
+        z_raw = fetch(z, z_l, at, T)
+    for chunk_first in range(begin, last, CHUNK):
+        passed = none  # sum of dt since the chunk began
+        resets = _resets(seq_idx, b * length, chunk_first, last, CHUNK, HAS_SEQ)
+        for first in range(chunk_first, tl.minimum(chunk_first + CHUNK, last), T):
+            next_at = _steps(first + T, last, length, orders, k, height, width, T, GRID, WHOLE)
+            x_next, dt_next, z_next = fetch(x, x_l, next_at, T), fetch(dt, dt_l, next_at, T), ()
+            dy_next = fetch(dy, dy_l, next_at, T)
+            if HAS_Z:
+                z_next = fetch(z, z_l, next_at, T)
+            B_raw = fetch_states(B, B_l, at, states - state, T, NS, PACKED)
+            C_raw = fetch_states(C, C_l, at, states - state, T, NS, PACKED)
+            sizes, _ = _step_sizes(dt_raw, bias, first, last, T, SOFTPLUS, WHOLE)
+            for j in tl.static_range(T):
+                valid = WHOLE | (first + j < last)
+                inside = (own < dim) & valid
+                if HAS_SEQ:
+                    h = keep_unless(_is_in(resets, first - chunk_first + j), h)
+                x_t = x_raw[j].to(tl.float32)
+                dy_t = tl.where(inside, dy_raw[j].to(tl.float32), 0.0)
+                passed += sizes[j]
+                h = _advance(h, a2, sizes[j], sizes[j] * x_t, unpack(B_raw[j], B.dtype.element_ty, PACKED), S, NS)
+                C_t = unpack(C_raw[j], C.dtype.element_ty, PACKED)
+                if HAS_Z:
+                    z_t = z_raw[j].to(tl.float32)
+                    gate = sigmoid(z_t)
+                    dz_t = dy_t * gate * (1.0 + z_t * (1.0 - gate))
+                    dy_t *= z_t * gate
+                share = over_groups(_weighted(h, dy_t, S, NS), S)
+                _store_share(dBC + at[j] * (2 * states), share, states, valid, S, NS)
+                y_t, w_t, dA_sum = _products(h, C_t, a2, dA_sum, dy_t * passed, S, NS)
+                tl.store(work + at[j] * dim, dy_t * w_t, mask=inside)
+                if HAS_Z:
+                    tl.store(dz + at[j] * dim, (dz_t * (y_t + skip * x_t)).to(dz.dtype.element_ty), mask=inside)
+                dD_sum += dy_t * x_t
+            at, x_raw, dt_raw, dy_raw, z_raw = next_at, x_next, dt_next, dy_next, z_next
+        tl.store(spans + (row * chunks + chunk_first // CHUNK) * dim + own, passed, mask=own < dim)
+    if HAS_SEQ:
+        for step in range(tl.maximum(begin, last), tl.minimum(begin + segment_length, length)):
+            _store_share(dBC + step * (2 * states), over_groups(zeros(NS), S), states, True, S, NS)
+            if HAS_Z:
+                tl.store(dz + step * dim, tl.zeros([32], dz.dtype.element_ty), mask=own < dim)
+    per_segment = row * segments + tl.program_id(1)
+    store_matrix(dA + per_segment * dim * states, dA_sum, group, state, dim, states, NS)
+    if HAS_D:
+        tl.store(dD + per_segment * dim + own, dD_sum, mask=own < dim)
+
+
+@triton.jit
+def scan_state_grad_kernel(
+    dy, dfinal, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, saved, work, spans, parts, part_spans,
+    dx, ddt, dA, dBC, dbias, dinitial,
+    length, dim, states, rows_k, orders, height, width, segment_length, segments, chunks,
+    dy_b, dy_l: tl.constexpr, x_b, x_k, x_l: tl.constexpr, dt_b, dt_k, dt_l: tl.constexpr,
+    B_b, B_k, B_l: tl.constexpr, C_b, C_k, C_l: tl.constexpr, z_b, z_l: tl.constexpr,
+    CHUNK: tl.constexpr, T: tl.constexpr, S: tl.constexpr, NS: tl.constexpr, SOFTPLUS: tl.constexpr, GRID: tl.constexpr,
+    PACKED: tl.constexpr, WHOLE: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_DFINAL: tl.constexpr, HAS_DINITIAL: tl.constexpr,
+    HAS_PARTS: tl.constexpr,
+):  # fmt: skip
+    """Walks back with g, the gradient of the state: dx, ddt, dB, and the rest of dA.
+
+    q_t = exp(dt A) g_t h_{t-1}, which ddt and dA need, is had without the states between: g_t h_t is both
+    q_t + g_t dt_t x_t B_t and q_{t+1} + dy_t C_t h_t, so going back q only gains dy C h, which the forward walk left
+    in `work`, and loses g dt x B. At every CHUNK it is taken anew from a saved state, so that rounding does not
+    gather."""
+    row = tl.program_id(2).to(tl.int64)
+    b, k = row // rows_k, row % rows_k
+    blocks = tl.num_programs(0)
+    group, state, own = _lanes(states, dim, S, NS)
+    d = tl.minimum(own, dim - 1)
+    a2 = load_matrix(A + k * dim * states, group, state, dim, states, LOG2E, NS)
+    none = tl.zeros([32], tl.float32)
+    bias = tl.load(dt_bias + k * dim + d) if HAS_BIAS else none
+    skip = tl.load(D + k * dim + d) if HAS_D else none
     end = tl.load(lengths + b) if HAS_SEQ else length
     begin = tl.program_id(1) * segment_length
     last = tl.minimum(begin + segment_length, end)
@@ -285,88 +429,82 @@ def backward_kernel(
     if HAS_PARTS:
         later = (row * segments + segments - 1) * blocks + tl.program_id(0)
         count = segments - 1 - tl.program_id(1)
-        g = fold(g, parts + later * (4 * NS * 32), spans + later * 32, a2, count, -blocks, S, NS)
+        g = fold(g, parts + later * (4 * NS * 32), part_spans + later * 32, a2, count, -blocks, S, NS)
     x += b * x_b + k * x_k + d
     dt += b * dt_b + k * dt_k + d
     B += b * B_b + k * B_k + state
     C += b * C_b + k * C_k + state
     dy += b * dy_b + d
     out = row * length * dim + own
-    scratch += part * (CHUNK // T) * (4 * NS * 32)
+    work += row * length * dim + d
+    dx += out
+    ddt += out
+    dBC += part_row(row, blocks) * length * (2 * states)
+    z_raw = ()
+    if HAS_Z:
+        z += b * z_b + d
     dA_sum = zeros(4 * NS)
-    dD_sum = tl.zeros([32], tl.float32)
-    dbias_sum = tl.zeros([32], tl.float32)
+    dbias_sum = none
+    first = begin + (tl.cdiv(last - begin, T) - 1) * T
+    at = _steps(first, last, length, orders, k, height, width, T, GRID, WHOLE)
+    x_raw, dt_raw, dy_raw = fetch(x, x_l, at, T), fetch(dt, dt_l, at, T), fetch(dy, dy_l, at, T)
+    w_raw = fetch(work, dim, at, T)
+    if HAS_Z:
+        z_raw = fetch(z, z_l, at, T)
     first_chunk, behind_chunk = begin // CHUNK, tl.cdiv(last, CHUNK)
     for back_chunk in range(first_chunk, behind_chunk):
         chunk = first_chunk + behind_chunk - 1 - back_chunk
         chunk_last = tl.minimum(chunk * CHUNK + CHUNK, last)
-        h = load_values(saved + ((row * chunks + chunk) * blocks + tl.program_id(0)) * (4 * NS * 32), 4 * NS)
-        store_values(scratch, h)
-        for first in range(chunk * CHUNK, chunk_last - T, T):  # the states at the start of every T steps
-            at = places(first, chunk_last, length, orders, k, height, width, T, GRID)
-            x_raw, dt_raw = fetch(x, x_l, at, T), fetch(dt, dt_l, at, T)
-            B_raw = fetch_states(B, B_l, at, states - state, T, NS, PACKED)
-            sizes, _ = _step_sizes(dt_raw, bias, first, chunk_last, T, SOFTPLUS)
-            for j in tl.static_range(T):
-                if HAS_SEQ:
-                    h = keep_unless(is_reset(seq_idx, b * length, first + j), h)
-                B_t = unpack(B_raw[j], B.dtype.element_ty, PACKED)
-                h = _advance(h, a2, sizes[j], sizes[j] * x_raw[j].to(tl.float32), B_t, S, NS)
-            store_values(scratch + (first % CHUNK // T + 1) * (4 * NS * 32), h)
-        tl.debug_barrier()
-        for back in range(0, tl.cdiv(chunk_last - chunk * CHUNK, T)):
-            first = chunk * CHUNK + (tl.cdiv(chunk_last - chunk * CHUNK, T) - 1 - back) * T
-            at = places(first, chunk_last, length, orders, k, height, width, T, GRID)
-            x_raw, dt_raw, dy_raw = fetch(x, x_l, at, T), fetch(dt, dt_l, at, T), fetch(dy, dy_l, at, T)
+        left = tl.load(spans + (row * chunks + chunk) * dim + d)  # sum of dt from the chunk's beginning
+        behind = (row * chunks + chunk + 1) * blocks + tl.program_id(0)
+        q, dA_sum = _meet(g, load_values(saved + behind * (4 * NS * 32), 4 * NS), a2, dA_sum, left, S, NS)
+        resets = _resets(seq_idx, b * length, chunk * CHUNK, last, CHUNK, HAS_SEQ)
+        groups = tl.cdiv(chunk_last - chunk * CHUNK, T)
+        for back in range(groups):
+            first = chunk * CHUNK + (groups - 1 - back) * T
+            before_at = _steps(tl.maximum(first - T, begin), last, length, orders, k, height, width, T, GRID, WHOLE)
+            x_next, dt_next, z_next = fetch(x, x_l, before_at, T), fetch(dt, dt_l, before_at, T), ()
+            dy_next, w_next = fetch(dy, dy_l, before_at, T), fetch(work, dim, before_at, T)
+            if HAS_Z:
+                z_next = fetch(z, z_l, before_at, T)
             B_raw = fetch_states(B, B_l, at, states - state, T, NS, PACKED)
             C_raw = fetch_states(C, C_l, at, states - state, T, NS, PACKED)
-            if HAS_Z:
-                z_raw = fetch(z + b * z_b + d, z_l, at, T)
-            h = load_values(scratch + (first % CHUNK // T) * (4 * NS * 32), 4 * NS)
-            sizes, before = _step_sizes(dt_raw, bias, first, chunk_last, T, SOFTPLUS)
-            trail = ()  # the state before each step, and after the last one
-            for j in tl.static_range(T):
-                if HAS_SEQ:
-                    step = tl.minimum(first + j, chunk_last - 1)
-                    h = keep_unless((first + j < chunk_last) & is_reset(seq_idx, b * length, step), h)
-                trail = trail + (h,)
-                B_t = unpack(B_raw[j], B.dtype.element_ty, PACKED)
-                h = _advance(h, a2, sizes[j], sizes[j] * x_raw[j].to(tl.float32), B_t, S, NS)
+            sizes, before = _step_sizes(dt_raw, bias, first, last, T, SOFTPLUS, WHOLE)
             for j in tl.static_range(T - 1, -1, -1):
-                valid = first + j < chunk_last
+                valid = WHOLE | (first + j < last)
                 inside = (own < dim) & valid
                 x_t, dt_t = x_raw[j].to(tl.float32), sizes[j]
                 dy_t = tl.where(inside, dy_raw[j].to(tl.float32), 0.0)
-                B_t, C_t = unpack(B_raw[j], B.dtype.element_ty, PACKED), unpack(C_raw[j], C.dtype.element_ty, PACKED)
-                if HAS_SEQ:  # what the next sequence dropped is not what this step left
-                    h = _advance(trail[j], a2, dt_t, dt_t * x_t, B_t, S, NS)
                 if HAS_Z:
                     z_t = z_raw[j].to(tl.float32)
-                    gate = sigmoid(z_t)
-                    dz_t = dy_t * (_read_out(h, C_t, S, NS) + skip * x_t) * gate * (1.0 + z_t * (1.0 - gate))
-                    tl.store(dz + b * length * dim + at[j] * dim + own, dz_t.to(dz.dtype.element_ty), mask=inside)
-                    dy_t *= z_t * gate
-                g = _add_output_grad(g, dy_t, C_t, S, NS)
-                share = over_groups(_matrix_grads(g, h, dt_t * x_t, dy_t, S, NS), S)
-                _store_matrix_grads(
-                    dBC + (part_row(row, blocks) * length + at[j]) * (2 * states), share, states, valid, S, NS
-                )
-                g, dA_sum, gB, qA = _step_back(g, trail[j], dA_sum, a2, dt_t, B_t, S, NS)
-                ddt_t = qA + x_t * gB
+                    dy_t *= z_t * sigmoid(z_t)
+                g = _add_output_grad(g, dy_t, unpack(C_raw[j], C.dtype.element_ty, PACKED), S, NS)
+                share = over_groups(_weighted(g, dt_t * x_t, S, NS), S)
+                _store_share(dBC + at[j] * (2 * states), share, states, valid, S, NS)
+                B_t = unpack(B_raw[j], B.dtype.element_ty, PACKED)
+                gB, gBA, dA_sum = _products(g, B_t, a2, dA_sum, -(dt_t * x_t) * left, S, NS)
+                q += tl.where(valid, w_raw[j], 0.0) - dt_t * x_t * gBA
+                ddt_t = q * (1.0 / LOG2E) + x_t * gB
                 if SOFTPLUS:
                     ddt_t *= sigmoid(before[j])
-                dbias_sum += tl.where(valid, ddt_t, 0.0)
-                dD_sum += dy_t * x_t
-                tl.store(dx + out + at[j] * dim, (dt_t * gB + skip * dy_t).to(dx.dtype.element_ty), mask=inside)
-                tl.store(ddt + out + at[j] * dim, ddt_t.to(ddt.dtype.element_ty), mask=inside)
+                dbias_sum += tl.where(inside, ddt_t, 0.0)
+                tl.store(dx + at[j] * dim, (dt_t * gB + skip * dy_t).to(dx.dtype.element_ty), mask=inside)
+                tl.store(ddt + at[j] * dim, ddt_t.to(ddt.dtype.element_ty), mask=inside)
+                left -= dt_t
+                g = decayed(g, a2, spread(dt_t, S), NS)
                 if HAS_SEQ:
-                    g = keep_unless(valid & is_reset(seq_idx, b * length, tl.minimum(first + j, chunk_last - 1)), g)
-                h = trail[j]
-        tl.debug_barrier()
+                    reset = _is_in(resets, first - chunk * CHUNK + j)
+                    g = keep_unless(reset, g)
+                    q = tl.where(reset, 0.0, q)
+            at = before_at
+            x_raw, dt_raw, dy_raw, w_raw, z_raw = x_next, dt_next, dy_next, w_next, z_next
+    if HAS_SEQ:
+        for step in range(tl.maximum(begin, last), tl.minimum(begin + segment_length, length)):
+            _store_share(dBC + step * (2 * states), over_groups(zeros(NS), S), states, True, S, NS)
+            tl.store(dx + step * dim, tl.zeros([32], dx.dtype.element_ty), mask=own < dim)
+            tl.store(ddt + step * dim, tl.zeros([32], ddt.dtype.element_ty), mask=own < dim)
     per_segment = row * segments + tl.program_id(1)
     store_matrix(dA + per_segment * dim * states, dA_sum, group, state, dim, states, NS)
-    if HAS_D:
-        tl.store(dD + per_segment * dim + own, dD_sum, mask=own < dim)
     if HAS_BIAS:
         tl.store(dbias + per_segment * dim + own, dbias_sum, mask=own < dim)
     if HAS_DINITIAL:
@@ -381,50 +519,59 @@ def part_row(row, blocks):
 
 
 @triton.jit
-def _matrix_grads(g, h, dtx_t, dy_t, S: tl.constexpr, NS: tl.constexpr):
-    """The group's share of dB (NS values), then of dC."""
-    dtxs, dys = spread(dtx_t, S), spread(dy_t, S)
-    dB = ()
-    dC = ()
+def _weighted(values, weight, S: tl.constexpr, NS: tl.constexpr):
+    """Sum over the group's 4 channels of each state's value times the channel's weight: NS values."""
+    weights = spread(weight, S)
+    sums = ()
     for j in tl.static_range(NS):
-        b, c = g[j] * dtxs[0], h[j] * dys[0]
+        total = values[j] * weights[0]
         for i in tl.static_range(1, 4):
-            b += g[i * NS + j] * dtxs[i]
-            c += h[i * NS + j] * dys[i]
-        dB = dB + (b,)
-        dC = dC + (c,)
-    return dB + dC
+            total += values[i * NS + j] * weights[i]
+        sums = sums + (total,)
+    return sums
 
 
 @triton.jit
-def _store_matrix_grads(pointer, share, states, valid, S: tl.constexpr, NS: tl.constexpr):
-    """Write a lane's share of dB and dC of one step into its row of 2 N values."""
+def _store_share(pointer, share, states, valid, S: tl.constexpr, NS: tl.constexpr):
+    """Write a lane's share of a sum over groups into the row of one step."""
     lane = tl.arange(0, 32)
     for r in tl.static_range(len(share)):
-        index = (lane // S) * (2 * NS) // (32 // S) + r
-        n = lane % S * NS + index % NS
-        tl.store(pointer + tl.where(index < NS, n, states + n), share[r], mask=(n < states) & valid)
+        n = lane % S * NS + (lane // S) * NS // (32 // S) + r
+        tl.store(pointer + n, share[r], mask=(n < states) & valid)
 
 
 @triton.jit
-def _step_back(g, h_before, dA_sum, a2, dt_t, B_t, S: tl.constexpr, NS: tl.constexpr):
-    """Carry g over one step. Gives (g, dA's sum, own channel's g . B, own channel's g exp(dt A) h_before . A)."""
-    dts = spread(dt_t, S)
-    carried = ()
+def _products(values, factors, a2, dA_sum, weight, S: tl.constexpr, NS: tl.constexpr):
+    """(own channel's sum of values times factors, the same with A, dA's sum with weight times them added)."""
+    weights = spread(weight, S)
+    plain = ()
+    scaled = ()
     sums = ()
-    gBs = ()
-    qAs = ()
     for i in tl.static_range(4):
-        gB = g[i * NS] * B_t[0]
+        m = values[i * NS] * factors[0]
+        total, with_A = m, m * a2[i * NS]
+        sums = sums + (dA_sum[i * NS] + m * weights[i],)
         for j in tl.static_range(1, NS):
-            gB += g[i * NS + j] * B_t[j]
-        gBs = gBs + (gB,)
-        qA = tl.zeros([32], tl.float32)
+            m = values[i * NS + j] * factors[j]
+            total += m
+            with_A += m * a2[i * NS + j]
+            sums = sums + (dA_sum[i * NS + j] + m * weights[i],)
+        plain = plain + (total,)
+        scaled = scaled + (with_A,)
+    return own_total(plain, S), own_total(scaled, S), sums
+
+
+@triton.jit
+def _meet(g, behind, a2, dA_sum, span, S: tl.constexpr, NS: tl.constexpr):
+    """q of the step behind a chunk (own channel's sum of g h A), and what it gives dA over the chunk."""
+    spans = spread(span, S)
+    scaled = ()
+    sums = ()
+    for i in tl.static_range(4):
+        with_A = tl.zeros([32], tl.float32)
         for e in tl.static_range(i * NS, i * NS + NS):
-            g_before = tl.exp2(dts[i] * a2[e]) * g[e]
-            carried = carried + (g_before,)
-            q = g_before * h_before[e]
-            qA += q * a2[e]
-            sums = sums + (dA_sum[e] + q * dts[i],)
-        qAs = qAs + (qA,)
-    return carried, sums, own_total(gBs, S), own_total(qAs, S) * (1.0 / LOG2E)
+            m = g[e] * behind[e]
+            with_A += m * a2[e]
+            sums = sums + (dA_sum[e] + m * spans[i],)
+        scaled = scaled + (with_A,)
+    return own_total(scaled, S), sums
