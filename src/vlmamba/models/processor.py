@@ -123,7 +123,7 @@ class VLMambaProcessor(ProcessorMixin):
         """One picture as uint8 (3, H, W), resized but not yet normalised: what a training batch carries."""
         image = source if isinstance(source, Image.Image) and self._is_framed(source) else self._framed(source, mode)
         if image.size == self.image_size[::-1] == self._resized_size:  # nothing is left to do to it
-            planes = bytearray().join(image.tobytes("raw", band) for band in "RGB")  # cheaper than moving an array's axes
+            planes = bytearray().join(image.tobytes("raw", band) for band in "RGB")  # cheaper than to transpose
             return np.frombuffer(planes, np.uint8).reshape(3, image.height, image.width)
         pixels = self.image_processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
         return np.ascontiguousarray(pixels, dtype=np.uint8)
@@ -276,12 +276,17 @@ class VLMambaProcessor(ProcessorMixin):
         inputs = self._inputs(rows, images, batched=batched, **options)
         return inputs if return_dict else inputs["input_ids"]
 
-    def encode_messages(self, messages: Sequence[dict[str, Any]], **options: bool) -> tuple[list[int], list[Any]]:
+    def encode_messages(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tokenise: Callable[[str], list[int]] | None = None,
+        **options: bool,
+    ) -> tuple[list[int], list[Any]]:
         """Chat messages as token ids (L,) in template v1, and their pictures as they were given, not opened.
 
-        Options as `vlmamba.models.template.message_pieces` takes them."""
+        `tokenise` as in `encode_turns`; options as `vlmamba.models.template.message_pieces` takes them."""
         pieces, images = message_pieces(messages, image_place=self.image_place, **options)
-        return self._encode(pieces)[0], images
+        return self._encode(pieces, tokenise)[0], images
 
     def _inputs(
         self,

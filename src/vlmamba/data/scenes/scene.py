@@ -61,7 +61,8 @@ class Item:
     @property
     def well_placed(self) -> bool:
         """Whether the centre stands at least 5 px inside its ninth of the picture."""
-        return all(abs(v - edge) >= 5 for v in (self.x, self.y) for edge in (_EDGE, 2 * _EDGE))
+        x, y = self.x, self.y
+        return abs(x - _EDGE) >= 5 and abs(x - 2 * _EDGE) >= 5 and abs(y - _EDGE) >= 5 and abs(y - 2 * _EDGE) >= 5
 
 
 @dataclass(frozen=True, slots=True)

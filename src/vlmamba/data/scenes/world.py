@@ -11,6 +11,7 @@ from random import Random
 from PIL import Image
 
 from vlmamba.data.scenes import objects, options, pages, read, related, seen
+from vlmamba.data.scenes.chance import Chance
 from vlmamba.data.scenes.deck import Deck
 from vlmamba.data.scenes.describe import caption, description
 from vlmamba.data.scenes.marks import Mark
@@ -160,7 +161,7 @@ class SceneSample:
         return description(self._scene, self._wording("description"))
 
     def _wording(self, of: str) -> Random:
-        return Random(f"{self._world.seed}/{self._world.split}/{self._index}/{of}")
+        return Chance(f"{self._world.seed}/{self._world.split}/{self._index}/{of}")
 
 
 class World:
@@ -215,11 +216,11 @@ class World:
         return self._scene(index)[1]
 
     def _scene(self, index: int) -> tuple[Random, Scene]:
-        rng = Random(f"{self.seed}/{self.split}/{index}")
+        rng = Chance(f"{self.seed}/{self.split}/{index}")
         while True:
             kind = rng.choices(self._kinds, self._weights)[0]
             scene = _COMPOSERS[kind](rng, self._held_out)
-            if not self._held_out or self._ask(scene, Random(0)):
+            if not self._held_out or self._ask(scene, Chance(0)):
                 return rng, scene
 
     def _ask(self, scene: Scene, rng: Random) -> list[Question]:
