@@ -4,16 +4,19 @@
     python -m benchmarks --only prefill,decode --budget 300
     python -m benchmarks --toy                             tiny shapes: does it run?
 
-The gate comes first: no number is taken while an op or model is wrong. Results go to
-benchmarks/results/<hardware>.{json,md,png} after every section, so a run that is cut short keeps what it has; a later
-run of some sections replaces those alone.
+The gate comes first: no number is taken while an op or model is wrong. Meanwhile every section is rehearsed in a
+process of its own, which compiles its kernels. Then come the numbers that the project aims at, each beside its best
+peers, then wider sweeps and other peers, and last what takes a minute a number. Results go to
+benchmarks/results/<hardware>.{json,md,png} after every part, so a run that is cut short keeps what it has; a later run
+of some sections replaces those alone. Where there is no git, the environment variable VLMAMBA_COMMIT says which commit
+is measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import inspect
+import datetime
+import gc
 import re
 import sys
 import tempfile
@@ -22,22 +25,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gate, machine, plots
-from benchmarks.bench import Bench
-from benchmarks.report import Report
+from benchmarks import gate, machine, plots, rehearsal
+from benchmarks.bench import NO_TIME, Bench
+from benchmarks.report import LIMITS, OURS, Report
+from benchmarks.turns import SECTIONS, TURNS
 
-# Section: its modules, its share of the budget. In the order of how much a reader wants to know them.
-SECTIONS: dict[str, tuple[tuple[str, ...], float]] = {
-    "ops": (("ops",), 2.0),
-    "decode": (("decode", "peer_decode"), 4.0),
-    "prefill": (("prefill",), 5.0),
-    "vlm": (("vlm",), 4.0),
-    "evaluation": (("evaluation",), 4.0),
-    "training": (("training",), 4.0),
-    "memory": (("memory",), 3.0),
-    "block": (("block",), 1.5),
-    "cpu": (("cpu",), 5.0),
-}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -53,46 +45,43 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no section {unknown[0]!r} {where}; there are {', '.join(possible)}", file=sys.stderr)
         return 2
 
+    turns = [turn for turn in TURNS if turn.section in chosen]
+    if options.rehearse:
+        return rehearsal.play(turns, device, Path(options.out))
+
     began = time.monotonic()
-    failures = gate.run(device)
+    with rehearsal.of(chosen if device.type == "cuda" and not options.toy else []):
+        failures = gate.run(device)
     if failures:
         print("the gate is red, nothing is timed:", *failures, sep="\n  ", file=sys.stderr)
         return 1
-    report = Report(_path(options, device), machine.describe(device))
+    about = machine.describe(device) | {"commit": machine.commit(), "date": str(datetime.date.today())}
+    report = Report(_path(options, device), about)
     bench = Bench(report, device, options.toy, machine.limits(device, options.toy), options.wall)
     copy, product = bench.limits["copy"], bench.limits["product"]
-    report.machine["measured limits"] = f"copy {copy / 1e9:,.0f} GB/s, bf16 product {product / 1e12:.3g} TFLOP/s"
-    print(f"gate green; {report.machine['measured limits']}", flush=True)
+    report.machine[LIMITS] = f"copy {copy / 1e9:,.0f} GB/s, bf16 product {product / 1e12:.3g} TFLOP/s"
+    report.machine["bf16 product"] = machine.RATE_IS
+    print(f"gate green after {time.monotonic() - began:.0f} s; {report.machine[LIMITS]}", flush=True)
 
-    for i, name in enumerate(chosen):
-        modules, weight = SECTIONS[name]
+    gc.collect()
+    gc.freeze()  # what is there now stays: collecting after every row need not look through it
+    for i, turn in enumerate(turns):
         left = options.budget - (time.monotonic() - began)
-        share = left * weight / sum(SECTIONS[other][1] for other in chosen[i:])
         if left < 3:
-            print(f"{name}: no time left")
+            print(f"{turn.section}, {turn.part}: {NO_TIME}")
+            turn.skip(bench)
             continue
-        _section(bench, name, modules, share)
+        turn.take(bench, left * turn.weight / sum(other.weight for other in turns[i:] if other.part == turn.part))
         report.write()
         plots.draw(report.rows, report.path.with_suffix(".png"))
+    gc.unfreeze()
+    if bench.begun:
+        report.write()
     print(f"{time.monotonic() - began:.0f} s; {report.path.with_suffix('.md')}")
-    failed = [row for row in report.rows if row.who == "vlmamba" and row.note.startswith("failed")]
+    failed = [row for row in report.rows if row.who == OURS and row.note.startswith("failed")]
     for row in failed:
         print(f"{row.section}: {row.case} ({row.mode}): {row.note}", file=sys.stderr)
     return 1 if failed else 0
-
-
-def _section(bench: Bench, name: str, modules: tuple[str, ...], seconds: float) -> None:
-    before = time.monotonic()
-    bench.begin(name, seconds)
-    about = []
-    for module in modules:
-        loaded = importlib.import_module(f"benchmarks.{module}")
-        text = inspect.cleandoc(loaded.__doc__ or "").split("\n\nShapes")[0].split("\nLetters")[0]
-        about.append(re.sub(r"\n\n(    python.*\n)+", "\n", text))
-        loaded.run(bench)
-        bench.free()
-    bench.report.about[name] = "\n\n".join(about)
-    bench.report.seconds[name] = round(time.monotonic() - before, 1)
 
 
 def _path(options: argparse.Namespace, device: torch.device) -> Path:
@@ -112,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--toy", action="store_true", help="tiny shapes, to try the program; the numbers mean nothing")
     parser.add_argument("--wall", action="store_true", help="on a CPU: also by the wall clock, on all cores")
+    parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)  # see rehearsal.py
     parser.add_argument("--out", help="path of the results without suffix; default benchmarks/results/<hardware>")
     return parser
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from benchmarks.report import Report, Row, timed
 from benchmarks.timing import Timing
+
+T = TypeVar("T")
+NO_TIME = "no time left in this run"
 
 
 class Bench:
@@ -21,23 +24,51 @@ class Bench:
         device: cuda or cpu. toy: tiny shapes, to try everything on any machine; the numbers mean nothing then.
         limits: the machine's measured limits: "copy" (bytes/s, read plus written), "product" (bf16 FLOP/s).
         wall: on a CPU, take the time of all cores by the wall clock too: it says something on a quiet machine only.
+        rehearsal: nothing is measured for longer than it must be; all that counts is what gets compiled.
+        begun: sections of which something was measured in this run.
+        part: what of the section is to be measured now: "marks" (what the project aims at, beside the best peers),
+            "more" (wider sweeps, other peers) or "last" (what takes a minute a number).
     """
 
-    def __init__(self, report: Report, device: torch.device, toy: bool, limits: dict[str, float], wall: bool = False):
+    def __init__(
+        self,
+        report: Report,
+        device: torch.device,
+        toy: bool,
+        limits: dict[str, float],
+        wall: bool = False,
+        rehearsal: bool = False,
+    ):
         self.report, self.device, self.toy, self.limits, self.wall = report, device, toy, limits, wall
-        self.section, self._end = "", float("inf")
+        self.rehearsal = rehearsal
+        self.section, self.part, self._end, self._until = "", "marks", float("inf"), 0.0
+        self.begun: set[str] = set()
 
-    def begin(self, section: str, seconds: float) -> None:
-        self.section, self._end = section, time.monotonic() + seconds
-        self.report.start(section)
+    def begin(self, section: str, seconds: float, part: str = "marks") -> None:
+        """The first time in this run, an earlier run's rows of the section go."""
+        self.section, self.part, self._end, self._until = section, part, time.monotonic() + seconds, 0.0
+        if section not in self.begun:
+            self.begun.add(section)
+            self.report.start(section)
 
     def left(self) -> float:
-        """Seconds left of this section's budget."""
+        """Seconds left for this part of the section."""
         return self._end - time.monotonic()
 
     def seconds(self, most: float) -> float:
-        """What to spend on one measurement: `most`, less when the section's time runs out."""
-        return 0.005 if self.toy else max(0.1, min(most, self.left() / 4))
+        """What to spend on one measurement: `most`, less when the time runs out."""
+        return 0.005 if self.toy or self.rehearsal else max(0.1, min(most, self.left() / 4))
+
+    def in_turn(self, items: Sequence[T]) -> Iterator[T]:
+        """One after the other; each is `over` when it has had its share of the time left."""
+        for i, item in enumerate(items):
+            self._until = self.left() * (1 - 1 / (len(items) - i))
+            yield item
+        self._until = 0.0
+
+    def over(self, least: float = 2.0) -> bool:
+        """Whether something that takes `least` seconds would take the time of what comes after it."""
+        return self.left() < (0 if self.toy or self.rehearsal else max(self._until, least))
 
     def add(
         self,
@@ -74,7 +105,7 @@ class Bench:
         print(f"{self.section:10} {case:42} {who:24} {mode:10} {_short(row)}", flush=True)
         return self.report.add(row)
 
-    def missing(self, case: str, who: str, reason: str) -> None:
+    def missing(self, case: str, who: str, reason: str = NO_TIME) -> None:
         """A row that says why this peer has no number."""
         self.add(case, who, "missing", note=reason)
 

@@ -31,9 +31,9 @@ def run(bench: Bench) -> None:
     else:
         bench.missing(_case(size, *CASES[0], False), models.MAMBA_SSM, peers.refusal("mamba-ssm") or "it needs a GPU")
     blocks[f"half a {models.TRANSFORMER} layer"] = lambda: _Attention(size)
-    for who, build in blocks.items():
+    for who in bench.in_turn(list(blocks)):
         with bench.row_of(f"block {size}", who, "all"):
-            _all(bench, size, who, build, dtype)
+            _all(bench, size, who, blocks[who], dtype)
 
 
 def _all(bench: Bench, size: str, who: str, build: Callable[[], nn.Module], dtype: torch.dtype) -> None:
@@ -63,9 +63,10 @@ def _one(bench: Bench, size: str, who: str, model: nn.Module, batch: int, length
         x.grad = None
 
     for backward, function, work in ((False, forward, products), (True, both, 3 * products)):
-        if bench.left() < 1:
-            return
         case = _case(size, batch, length, backward)
+        if bench.over(1):
+            bench.missing(case, who)
+            continue
         with bench.row_of(case, who, "eager"):
             timing = measure(function, inputs, device=bench.device, budget=bench.seconds(0.4))
             if share != 1:

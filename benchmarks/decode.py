@@ -308,7 +308,7 @@ def run(bench: Bench) -> None:
                 case, mode = f"decode {size}, B{batch}{' int8' * int8}", "graph" if on_gpu else "eager"
                 with bench.row_of(case, OURS, mode):
                     lane = lane_of(layers, head, batch, capture=on_gpu)
-                    timing = measure(lane.step.run, device=bench.device, budget=bench.seconds(2.0), warmup=20)
+                    timing = measure(lane.step.run, device=bench.device, budget=bench.seconds(1.5), warmup=20)
                     floor = least_bytes(layers, head, batch)
                     bench.add(case, OURS, mode, timing, unit="tokens/s", work=batch, floor_bytes=floor, batch=batch)
                 bench.free()

@@ -8,6 +8,7 @@ Shapes: B batch, L length.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,52 +18,62 @@ from benchmarks.bench import Bench
 from benchmarks.gate import relative
 from benchmarks.timing import Timing, captured, measure
 
-# (batch, length), the most telling first: a run that is cut short has these.
-CASES = ((1, 1024), (8, 1024), (1, 131072), (1, 4096), (1, 512), (1, 32768), (1, 65536))
 GRAPHED_UP_TO = 8192  # tokens; longer prompts keep the device busy by themselves
 AGREE_UP_TO = 8192  # positions; the modules read a prompt in one piece
 ROUNDING = 5e-2  # of two bfloat16 passes through 64 layers whose products are cut differently
-PLAIN_UP_TO = 512  # transformers without kernels loops over positions in Python: 130,000 launches for 512
+
+# Who reads what (batch, length), the most telling first.
+MARKS = ((1, 1024), (8, 1024), (1, 131072))
+LENGTHS = ((1, 512), (1, 4096), (1, 32768), (1, 65536))
+PARTS: dict[str, dict[str, tuple[tuple[int, int], ...]]] = {
+    "marks": dict.fromkeys((models.OURS, models.MAMBA_SSM, models.TRANSFORMER), MARKS),
+    "more": {
+        models.KERNELS: (*MARKS[:2], *LENGTHS),
+        **dict.fromkeys((models.OURS, models.MAMBA_SSM, models.TRANSFORMER), LENGTHS),
+    },
+    "last": {models.PLAIN: LENGTHS[:1]},  # a loop over positions in Python: 130,000 launches for 512
+}
 
 
 def run(bench: Bench) -> None:
-    """One model in memory at a time; each gets its share of the budget."""
+    """One model in memory at a time; each gets its share of the time."""
     size = "toy" if bench.toy else "2.8b"
     dtype = torch.float32 if bench.toy else torch.bfloat16
-    contenders = models.language_models(size, bench.device, dtype)
-    for i, contender in enumerate(contenders):
-        if contender.refusal is not None:
-            bench.missing(case_of(size, *cases(bench.toy)[0]), contender.who, contender.refusal)
+    contenders = {c.who: c for c in models.language_models(size, bench.device, dtype)}
+    plan = PARTS[bench.part]
+    for who in bench.in_turn(list(plan)):
+        cases = [(batch, length // 512 if bench.toy else length) for batch, length in plan[who]]
+        if (refusal := contenders[who].refusal) is not None:
+            bench.missing(case_of(size, *cases[0]), who, refusal)
             continue
-        share = bench.left() / (len(contenders) - i) * (1.6 if i == 0 else 1.0)
-        with bench.row_of(f"prefill {size}", contender.who, "all"), torch.no_grad():
-            _one(bench, size, contender, bench.left() - share)
+        with bench.row_of(f"prefill {size}", who, "all"), torch.no_grad():
+            _one(bench, size, contenders[who], cases)
 
 
-def _one(bench: Bench, size: str, contender: models.LanguageModel, until: float) -> None:
-    """Builds one model and times it while more than `until` seconds of the section are left."""
-    model = contender.build()
-    head = model.get_parameter("lm_head.weight").numel()  # used for the last position alone; tied, so counted once
-    body = models.count_parameters(model) - head
-    for batch, length in cases(bench.toy):
-        if bench.left() < max(until, 2):
-            bench.missing(case_of(size, batch, length), contender.who, "no time left in this run")
+def _one(bench: Bench, size: str, contender: models.LanguageModel, cases: list[tuple[int, int]]) -> None:
+    """Builds one model and times it while its share lasts."""
+    who, model, head, body = contender.who, None, 0, 0
+    for batch, length in cases:
+        if bench.over():
+            bench.missing(case_of(size, batch, length), who)
             continue
-        if contender.who == models.PLAIN and batch * length > PLAIN_UP_TO:
-            continue
+        if model is None:
+            model = contender.build()
+            head = model.get_parameter("lm_head.weight").numel()  # for the last position alone; tied, so counted once
+            body = models.count_parameters(model) - head
         ids = models.tokens(size, batch, length, bench.device)
-        graphed = bench.device.type == "cuda" and batch * length <= GRAPHED_UP_TO and contender.who != models.PLAIN
+        graphed = bench.device.type == "cuda" and batch * length <= GRAPHED_UP_TO and who != models.PLAIN
         for mode, function in _ways(contender, graphed).items():
-            with bench.row_of(case_of(size, batch, length), contender.who, mode):
-                note = _agreement(model, ids) if mode == "shipped" and length <= AGREE_UP_TO else ""
-                timing = _time(bench, lambda ids=ids, f=function: f(model, ids), mode == "graph")
+            with bench.row_of(case_of(size, batch, length), who, mode):
+                notes = [_agreement(model, ids)] if mode == "shipped" and length <= AGREE_UP_TO else []
+                timing = _time(bench, partial(function, model, ids), mode == "graph")
                 bench.add(
                     case_of(size, batch, length),
-                    contender.who,
+                    who,
                     mode,
                     timing,
                     floor_flops=2.0 * batch * (body * length + head),
-                    note=note,
+                    note=", ".join([*notes, *["once"] * (timing.repeats == 1)]),
                     batch=batch,
                     length=length,
                 )
@@ -86,10 +97,6 @@ def _agreement(model: Any, ids: torch.Tensor) -> str:
     if not error <= ROUNDING:
         raise ValueError(f"logits are off by {error:.2g} from those of the modules, more than {ROUNDING}")
     return f"logits within {error:.1g} of those of the modules"
-
-
-def cases(toy: bool) -> list[tuple[int, int]]:
-    return [(batch, length // 512 if toy else length) for batch, length in CASES]
 
 
 def _time(bench: Bench, function: Callable[[], Any], graph: bool) -> Timing:

@@ -1,7 +1,7 @@
 """Rows of measurements, and what they are written to: JSON for programs, tables for people.
 
 A file is written after each section, so that a run that is cut short keeps what it had. A later run of some sections
-replaces those and leaves the others.
+replaces those and leaves the others; each says which commit it was made from, and when.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.aims import AIMS
 from benchmarks.timing import Timing
+
+OURS, LIMITS = "vlmamba", "measured limits"
 
 
 @dataclass(frozen=True)
@@ -49,22 +52,30 @@ def timed(timing: Timing, work: float | None = None) -> dict[str, float]:
 
 
 class Report:
-    """All rows of one machine."""
+    """All rows of one machine.
+
+    Attributes:
+        about: by section, what is measured, and how. made: by section, "commit", "date" and the machine's "limits" that
+            its rows are held against, of the run that they come from. seconds: by section, what that took.
+    """
 
     def __init__(self, path: Path, machine: dict[str, Any]):
         self.path, self.machine = path, machine
         self.rows: list[Row] = []
         self.seconds: dict[str, float] = {}
-        self.about: dict[str, str] = {}  # section: what is measured, and how
+        self.about: dict[str, str] = {}
+        self.made: dict[str, dict[str, str]] = {}
         if path.with_suffix(".json").exists():
             stored = json.loads(path.with_suffix(".json").read_text())
             self.rows = [Row(**row) for row in stored["rows"]]
-            self.seconds, self.about = stored["seconds"], stored["about"]
+            self.seconds, self.about, self.made = stored["seconds"], stored["about"], stored.get("made", {})
             self.machine = {**stored["machine"], **machine}
 
     def start(self, section: str) -> None:
-        """Forgets an earlier run's rows of this section."""
+        """Forgets an earlier run's rows of this section, and notes of which run the next ones are."""
         self.rows = [row for row in self.rows if row.section != section]
+        self.about[section], self.seconds[section] = "", 0.0
+        self.made[section] = {name: str(self.machine.get(name, "")) for name in ("commit", "date", LIMITS)}
 
     def add(self, row: Row) -> Row:
         self.rows.append(row)
@@ -73,7 +84,8 @@ class Report:
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = [asdict(row) for row in self.rows]
-        stored = {"machine": self.machine, "about": self.about, "seconds": self.seconds, "rows": rows}
+        parts = {"machine": self.machine, "made": self.made, "about": self.about, "seconds": self.seconds}
+        stored = parts | {"rows": rows}
         _replace(self.path.with_suffix(".json"), json.dumps(stored, indent=1) + "\n")
         _replace(self.path.with_suffix(".md"), self.markdown())
 
@@ -82,40 +94,59 @@ class Report:
         lines += [f"* {key}: {value}" for key, value in self.machine.items() if key != "name"]
         for section in dict.fromkeys(row.section for row in self.rows):
             rows = [row for row in self.rows if row.section == section]
-            lines += ["", f"## {section}", "", self.about.get(section, ""), "", *_table(rows)]
+            lines += ["", f"## {section}", "", self.about.get(section, ""), "", *self._origin(section), *_table(rows)]
         return "\n".join(lines) + "\n"
+
+    def _origin(self, section: str) -> list[str]:
+        """Which run the rows come from; the limits too where they are not those at the top."""
+        made = self.made.get(section, {})
+        if not made.get("commit"):
+            return []
+        others = made.get(LIMITS, "") if made.get(LIMITS) != self.machine.get(LIMITS) else ""
+        return [f"Commit {made['commit']}, {made['date']}{f'; limits: {others}' if others else ''}.", ""]
 
 
 def _table(rows: list[Row]) -> list[str]:
-    lines = ["| | who | mode | median | quartiles | of the limit | against vlmamba |", "|---|---|---|---|---|---|---|"]
+    aims = AIMS if any(row.case in AIMS for row in rows) else {}
+    heads = ["", "who", "mode", "median", "quartiles", "of the limit", "against vlmamba", *["aim"] * bool(aims)]
+    lines = [_line(heads), "|" + "---|" * len(heads)]
     cases = list(dict.fromkeys(row.case for row in rows))
     unmeasured: dict[str, list[str]] = {}  # by reason
     for row in sorted(rows, key=lambda row: cases.index(row.case)):
         if row.value is None:
             unmeasured.setdefault(row.note, []).append(f"{row.case} ({row.who})")
             continue
-        spread = f"{number(row.low)} to {number(row.high)}" if row.low is not None and row.high is not None else ""
+        low_high = f"{number(row.low)} to {number(row.high)}" if row.low is not None and row.low != row.high else ""
         fraction = f"{row.fraction:.0%} {row.limit}".strip() if row.fraction is not None else ""
         note = f" ({row.note})" if row.note else ""
-        lines.append(
-            f"| {row.case} | {row.who} | {row.mode}{note} | {number(row.value)} {row.unit} | {spread} | {fraction} "
-            f"| {_against(row, _ours(row, rows))} |"
-        )
+        ours = _ours(row, rows)
+        cells = [row.case, row.who, row.mode + note, f"{number(row.value)} {row.unit}", low_high, fraction]
+        best = row.who == OURS and row.value == _best(row, rows)
+        lines.append(_line([*cells, _against(row, ours), *[aims.get(row.case, "") * best] * bool(aims)]))
     for reason, found in unmeasured.items():
         lines += ["", f"No number, {reason}: {'; '.join(dict.fromkeys(found))}."]
     return lines
 
 
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def _ours(row: Row, rows: list[Row]) -> float | None:
     """What vlmamba does in the same case, run the same way if it was, else its best."""
-    found = [r for r in rows if (r.who, r.case, r.unit) == ("vlmamba", row.case, row.unit) and r.value is not None]
-    values = [r.value for r in found if r.mode == row.mode] or [r.value for r in found]
+    same = [r for r in rows if r.mode == row.mode]
+    return _best(row, same) or _best(row, rows)
+
+
+def _best(row: Row, rows: list[Row]) -> float | None:
+    """vlmamba's best number in the case of this row."""
+    found = [r.value for r in rows if (r.who, r.case, r.unit) == (OURS, row.case, row.unit)]
     better = max if _more_is_better(row.unit) else min
-    return better((value for value in values if value is not None), default=None)
+    return better((value for value in found if value is not None), default=None)
 
 
 def _against(row: Row, ours: float | None) -> str:
-    if ours is None or row.who == "vlmamba" or not row.value or not ours:
+    if ours is None or row.who == OURS or not row.value or not ours:
         return ""
     if row.unit in ("GiB", "MiB"):
         return f"{row.value / ours:.2f} x the memory"
@@ -124,7 +155,7 @@ def _against(row: Row, ours: float | None) -> str:
 
 
 def _more_is_better(unit: str) -> bool:
-    return unit.endswith("/s") or unit.endswith("FLOP/s")
+    return unit.endswith("/s") or unit == "x"
 
 
 def number(value: float | None) -> str:

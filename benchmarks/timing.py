@@ -82,7 +82,8 @@ def measure(
 
     Args:
         inputs: argument tuples (make them with `rotating`).
-        budget: seconds to spend on the measurement, warm-up apart; at least `least` and at most `most` samples.
+        budget: seconds to spend on the measurement, warm-up apart; at least `least` and at most `most` samples. With
+            `least` 1, a function that takes longer than this is called once after the warm-up.
         graph: capture one call per input set in a CUDA graph and time replays: launches cost next to nothing, as in a
             model that is captured. A sample is then a replay divided by the number of sets. Ignored on a CPU.
     """
@@ -177,6 +178,8 @@ def _measure_events(
     function(*inputs[0])
     torch.cuda.synchronize()
     once = max(time.perf_counter() - before, 1e-6)
+    if least == 1 and once >= budget:
+        return Timing.of([1e3 * once])
     count = max(least, min(most, int(budget / once)))
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
     collecting = gc.isenabled()

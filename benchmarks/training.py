@@ -26,7 +26,8 @@ from vlmamba.training.optimizer import is_decayed
 from vlmamba.training.step import Step
 
 ROWS, LENGTH = 8, 2048
-# How a step may be run, the fastest first; what does not fit in memory becomes a row that says so.
+# How a step may be run, the fastest first; what does not fit in memory becomes a row that says so, and the next is
+# tried.
 WAYS = ((1, False), (2, False), (4, False), (1, True))
 
 
@@ -41,21 +42,21 @@ def run(bench: Bench) -> None:
     if refusal is not None or bench.device.type != "cuda":
         bench.missing(_case(bench.toy), models.MAMBA_SSM, refusal or "its kernels need a GPU")
         del builders[models.MAMBA_SSM]
-    for i, (who, build) in enumerate(builders.items()):
-        until = bench.left() * (1 - 1 / (len(builders) - i))
+    for who in bench.in_turn(list(builders)):
+        if bench.over(8):
+            bench.missing(_case(bench.toy), who)
+            continue
         with bench.row_of(f"training step {size}", who, "all"):
-            _one(bench, size, who, build, until)
+            _one(bench, size, who, builders[who])
 
 
-def _one(bench: Bench, size: str, who: str, build: Callable[[], nn.Module], until: float) -> None:
+def _one(bench: Bench, size: str, who: str, build: Callable[[], nn.Module]) -> None:
     model = models.placed(build, bench.device, torch.float32).train()
     rows, length = _shape(bench.toy)
     parameters, tokens, case = models.count_parameters(model), rows * length, _case(bench.toy)
     step = Step(model, _optimizer(model, bench.device), bench.device, lambda pixels: pixels, 1.0, bf16=True)
     for micro, checkpointing in WAYS if not bench.toy else WAYS[:1]:
         mode = f"{micro} micro-batch{'es' * (micro > 1)}" + (", checkpointing" if checkpointing else "")
-        if bench.left() < until + 5:
-            break
         if checkpointing and not hasattr(model, "gradient_checkpointing_enable"):
             break
         if checkpointing:
@@ -65,6 +66,7 @@ def _one(bench: Bench, size: str, who: str, build: Callable[[], nn.Module], unti
             timing, peak = _steps(bench, step, batches)
             flops = 6.0 * parameters * tokens
             bench.add(case, who, mode, timing, unit="tokens/s", work=tokens, floor_flops=flops, note=peak)
+            break
         step.optimizer.zero_grad(set_to_none=True)  # what a step that ran out of memory left behind
         bench.free()
 
@@ -95,7 +97,7 @@ def _steps(bench: Bench, step: Step, batches: list[Batch]) -> tuple[Timing, str]
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     samples: list[float] = []
-    for i in range(2 if bench.toy else 6):
+    for i in range(2 if bench.toy or bench.rehearsal else 7):
         before = time.perf_counter()
         step(batches).read()
         bench.wait()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import models
-from benchmarks.bench import Bench
+from benchmarks.bench import NO_TIME, Bench
 from benchmarks.gate import relative
 from benchmarks.prefill import ROUNDING
 from benchmarks.timing import captured, measure
@@ -33,20 +33,23 @@ def run(bench: Bench) -> None:
         models.OURS: models.our_vlm,
         f"{models.TRANSFORMER} LLaVA": models.transformer_vlm,
     }
-    for i, (who, build) in enumerate(builders.items()):
-        until = bench.left() * (0.6 if i == 0 else 0.0)
+    for who in bench.in_turn(list(builders)):
+        compiled = bench.part == "last"
+        if compiled and (who == models.OURS or bench.device.type != "cuda"):
+            continue
+        if bench.over(COMPILING if compiled else 3):
+            bench.missing(_answer_case(bench.toy), who, f"{NO_TIME}{' for torch.compile' * compiled}")
+            continue
         with bench.row_of(f"whole VLM {size}", who, "all"), torch.no_grad():
-            _one(bench, size, who, build, dtype, until)
+            model = builders[who](size, bench.device, dtype)
+            if not compiled:
+                _first_token(bench, size, who, model, dtype, (1,) if bench.part == "marks" else (8,))
+            if bench.part != "marks":
+                _answer(bench, size, who, model, dtype, compiled)
 
 
-def _one(bench: Bench, size: str, who: str, build: Callable[..., nn.Module], dtype: torch.dtype, until: float) -> None:
-    model = build(size, bench.device, dtype)
-    _first_token(bench, size, who, model, dtype)
-    _answer(bench, size, who, model, dtype, until)
-
-
-def _first_token(bench: Bench, size: str, who: str, model: Any, dtype: torch.dtype) -> None:
-    for batch in (1, 8):
+def _first_token(bench: Bench, size: str, who: str, model: Any, dtype: torch.dtype, batches: tuple[int, ...]) -> None:
+    for batch in batches:
         inputs = models.question(size, WORDS, batch, bench.device, dtype)
         length = inputs["input_ids"].shape[1]
         case = f"B{batch}: image ({models.patches(size)} patches) + {WORDS} words to the first token"
@@ -69,29 +72,31 @@ def _first_token(bench: Bench, size: str, who: str, model: Any, dtype: torch.dty
             bench.add(case, who, "graph", measure(replay, **_how(bench)), batch=batch)
 
 
-def _answer(bench: Bench, size: str, who: str, model: Any, dtype: torch.dtype, until: float) -> None:
+def _answer(bench: Bench, size: str, who: str, model: Any, dtype: torch.dtype, compiled: bool) -> None:
     inputs = models.question(size, WORDS, 1, bench.device, dtype)
-    new = 8 if bench.toy else ANSWER
-    case = f"B1: image + {WORDS} words, answer of {new} tokens, first to last"
-    ways: dict[str, dict[str, Any]] = {"generate": {}}
-    if who != models.OURS and bench.device.type == "cuda":
-        ways["generate, static cache, compiled"] = {"cache_implementation": "static"}
-    for mode, options in ways.items():
-        if bench.left() < max(until, COMPILING if options else 3):
-            bench.missing(case, who, f"no time left in this run for {mode}")
-            continue
-        options |= {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-        with bench.row_of(case, who, mode):
-            attention = torch.ones_like(inputs["input_ids"])
-            timing = measure(
-                lambda o=options, a=attention: model.generate(**inputs, attention_mask=a, **o),
-                device=bench.device,
-                budget=bench.seconds(2.0),
-                least=2,
-                warmup=2 if len(ways) > 1 else 3,  # ours captures its graphs at the second prompt
-            )
-            bench.add(case, who, mode, timing, batch=1)
-            bench.add(f"{case}, tokens/s", who, mode, timing, unit="tokens/s", work=new, batch=1)
+    new, case = _new(bench.toy), _answer_case(bench.toy)
+    mode = "generate, static cache, compiled" if compiled else "generate"
+    options: dict[str, Any] = {"cache_implementation": "static"} if compiled else {}
+    options |= {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    attention = torch.ones_like(inputs["input_ids"])
+    with bench.row_of(case, who, mode):
+        timing = measure(
+            lambda: model.generate(**inputs, attention_mask=attention, **options),
+            device=bench.device,
+            budget=bench.seconds(2.0),
+            least=1,
+            warmup=3 if who == models.OURS else 2 if compiled else 1,  # ours captures its graphs at the second prompt
+        )
+        bench.add(case, who, mode, timing, batch=1)
+        bench.add(f"{case}, tokens/s", who, mode, timing, unit="tokens/s", work=new, batch=1)
+
+
+def _new(toy: bool) -> int:
+    return 8 if toy else ANSWER
+
+
+def _answer_case(toy: bool) -> str:
+    return f"B1: image + {WORDS} words, answer of {_new(toy)} tokens, first to last"
 
 
 def _how(bench: Bench) -> dict[str, Any]:
