@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlmamba.data.remembering import Remembering
 from vlmamba.evaluation.runner import Request
 from vlmamba.models.decode import generate_tokens
 from vlmamba.models.state import MambaState
@@ -62,6 +63,7 @@ class ModelAnswerer:
         self.model, self.processor, self._facts = model, processor, dict(facts or {})
         self._threads = ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1), "pictures")
         self._pixels: dict[Hashable, Future[np.ndarray]] = {}
+        self._tokenise = Remembering(processor.tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -137,7 +139,7 @@ class ModelAnswerer:
         return self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def _prompt(self, chat: Messages) -> Prompt:
-        ids, images = self.processor.encode_messages(chat, add_generation_prompt=True)
+        ids, images = self.processor.encode_messages(chat, self._tokenise, add_generation_prompt=True)
         cut = 1
         if images:
             cut = len(ids) - ids[::-1].index(self.processor.image_token_id)
