@@ -365,10 +365,10 @@ class VLMambaProcessor(ProcessorMixin):
         end = [self.tokenizer.eos_token_id]
         ids: list[int] = []
         labels: list[int] = []
-        for kind, _, learn in runs:
-            if kind == "text":
+        for what, _, learn in runs:
+            if what == "text":
                 new = next(encoded)
-            elif kind == "image":
+            elif what == "image":
                 new = [self.image_token_id] * self.num_image_tokens
             else:
                 new = end
