@@ -17,9 +17,9 @@ TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
-    """The interpreter is slow: short chunks and tiles bring every boundary within few steps."""
-    monkeypatch.setattr(conv, "CHUNK", 8)
-    monkeypatch.setattr(conv, "TILE", (4, 256))
+    """The interpreter is slow: short chunks of several groups bring every boundary within few steps."""
+    monkeypatch.setattr(conv, "CHUNK", (8, 8))
+    monkeypatch.setattr(conv, "T", (4, 4))
 
 
 def inputs(B, L, D, W=4, dtype=torch.float32, K=None):
@@ -59,9 +59,10 @@ def test_every_gradient(B, L, D, activation):
     check(inputs(B, L, D), activation)
 
 
-@pytest.mark.parametrize("W", [2, 3, 5])
+@pytest.mark.parametrize("W", [2, 3, 5, 7])
 def test_widths(W):
-    check(inputs(1, 10, 16, W))
+    numbers = torch.tensor([[0] * 10, [0] * 4 + [1] * 5 + [-1]], dtype=torch.int32, device=DEVICE)
+    check(inputs(2, 10, 16, W), seq_idx=numbers)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -93,11 +94,93 @@ def test_resets_and_padding():
     assert torch.equal(final, final_again)
 
 
+def test_a_new_sequence_or_padding_anywhere():
+    """Groups are of 4 steps, chunks of 8: every place relative to their borders, in both."""
+    L = 13
+    rows = [[0] * t + [1] * (L - t) for t in range(1, L)]
+    rows += [[7] * t + [-1] * (L - t) for t in range(1, L)]
+    rows += [[0] * (t - 1) + [1] + [2] * (L - t) for t in (4, 5, 8, 9)]
+    seq_idx = torch.tensor(rows, dtype=torch.int32, device=DEVICE)
+    check(inputs(len(rows), L, 8), seq_idx=seq_idx)
+
+
+def run(t, dy, seq_idx=None):
+    """y and the gradients of x, weight, bias."""
+    args = (t["x"], t["weight"], t["bias"], "silu", None, seq_idx)
+    return conv.forward(*args, False)[0], *conv.backward(dy, None, *args)[:3]
+
+
+def upstream(x):
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.device, x.dtype)
+
+
+def test_padding_is_never_read():
+    """NaN in padded inputs and gradients changes nothing, and what belongs to padding is zero."""
+    rows = [[0] * 6 + [-1] * 11, [-1] * 17, [0] * 3 + [1] * 5 + [-1] * 9, [2] * 16 + [-1]]
+    seq_idx = torch.tensor(rows, dtype=torch.int32, device=DEVICE)
+    t = inputs(4, 17, 16)
+    dy = upstream(t["x"])
+    clean = run(t, dy, seq_idx)
+    for value in (t["x"], dy):
+        value[seq_idx < 0] = float("nan")
+    again = run(t, dy, seq_idx)
+    assert all(torch.equal(one, other) for one, other in zip(clean, again))
+    assert (again[0][seq_idx < 0] == 0).all()
+    assert (again[1][seq_idx < 0] == 0).all()
+
+
+def test_packed_equals_separate_bit_for_bit():
+    """So groups of one sequence and groups with a border between sequences compute the same."""
+    t = inputs(1, 26, 16)
+    dy = upstream(t["x"])
+    lengths = [9, 1, 13, 3]
+    numbers = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None].int().to(DEVICE)
+    y, dx, *_ = run(t, dy, numbers)
+    start = 0
+    for length in lengths:
+        span = slice(start, start + length)
+        start += length
+        y_alone, dx_alone, *_ = run({**t, "x": t["x"][:, span]}, dy[:, span])
+        assert torch.equal(y[:, span], y_alone)
+        assert torch.equal(dx[:, span], dx_alone)
+
+
+def test_how_a_row_is_cut_does_not_matter(monkeypatch):
+    """Two runs agree bit for bit; other chunks and groups change the sums over steps alone, in their last digits."""
+    t = inputs(2, 21, 40)
+    dy = upstream(t["x"])
+    first = run(t, dy)
+    assert all(torch.equal(one, other) for one, other in zip(first, run(t, dy)))
+    for chunk, together, block in (((4, 4), 4, 512), ((16, 16), 8, 512), ((8, 24), 4, 32), ((24, 24), 2, 32)):
+        monkeypatch.setattr(conv, "CHUNK", chunk)
+        monkeypatch.setattr(conv, "T", (together, together))
+        monkeypatch.setattr(conv, "BLOCK", block)
+        other = run(t, dy)
+        assert torch.equal(first[0], other[0])
+        assert torch.equal(first[1], other[1])
+        assert error(other[2], first[2]) < 1e-6
+        assert error(other[3], first[3]) < 1e-6
+
+
+def test_long_rows_are_cut_in_longer_chunks(monkeypatch):
+    monkeypatch.setattr(conv, "CHUNK", (16, 128))
+    monkeypatch.setattr(conv, "multiprocessors", lambda device: 132)
+    device = torch.device("cpu")
+    assert conv._cut(5120, 2048, 8, device) == ({"BLOCK_D": 512, "num_warps": 4}, 10, 96)
+    assert conv._cut(5120, 1024, 1, device)[2] == 16
+    assert conv._cut(5120, 8192, 8, device)[2] == 128
+    assert conv._cut(40, 5, 1, device) == ({"BLOCK_D": 64, "num_warps": 1}, 1, 16)
+
+
 def test_strided_views():
     t = inputs(1, 9, 24)
     wide = torch.cat([t["x"], t["x"]], -1)
     check(t | {"x": wide[..., :24]})
     check(t | {"x": t["x"].mT.contiguous().mT})
+    dy = upstream(t["x"])
+    right = run(t, dy)
+    for views in (torch.cat([dy, dy], -1)[..., 24:], torch.stack([dy, dy], 2)[:, :, 1], dy.mT.contiguous().mT):
+        assert all(torch.equal(one, other) for one, other in zip(right, run(t, views)))
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8)])

@@ -1,5 +1,6 @@
-"""Causal depthwise convolution on the GPU, in Triton: forward, a tile of steps and channels at once; backward, a thread
-walks along its channels with the last W inputs in registers.
+"""Causal depthwise convolution on the GPU, in Triton. A thread has some channels and walks along a few steps with the
+last W inputs in registers; the steps are loaded in groups before they are used. Every input is read from memory once,
+and the W - 1 at the borders once more; padding is recognised by the kernels, which write zeros there.
 
 Serves the sequence (K = 1) and the grid of patches, where each of K orders walks the same patches by its own index.
 
@@ -13,10 +14,12 @@ import triton
 from torch import Tensor
 
 from vlmamba.ops.causal_conv1d.triton_kernels import backward_kernel, forward_kernel
-from vlmamba.ops.selective_scan.triton import check, row_major, valid_lengths
+from vlmamba.ops.selective_scan.triton import check, multiprocessors, row_major
 
-TILE = (16, 256)  # steps (at least W - 1) and channels of a program, forward
-CHUNK = 64  # steps that a program walks, backward
+T = (8, 4)  # steps loaded together; the second where they take twice the registers
+CHUNK = (16, 128)  # steps of a program, at least and at most: multiples of T
+WARPS = 48  # that a multiprocessor should be given in all before the chunks become longer
+BLOCK = 512  # channels of a program, 4 a thread
 
 
 def conv_rows(
@@ -30,12 +33,11 @@ def conv_rows(
     y = torch.empty((batch, K, length, dim), dtype=x.dtype, device=x.device)
     final = torch.empty((batch, W - 1, dim) if return_final else (0,), dtype=x.dtype, device=x.device)
     if batch and dim:
-        BLOCK_D = min(TILE[1], max(32, triton.next_power_of_2(dim)))
-        forward_kernel[(triton.cdiv(dim, BLOCK_D), max(1, triton.cdiv(length, TILE[0])), batch * K)](
-            x, weight.contiguous(), bias, initial, seq_idx, y, final, length, dim, K, orders, *grid, x.stride(0),
-            x.stride(1), W=W, BLOCK_L=TILE[0], BLOCK_D=BLOCK_D, SILU=activation == "silu", GRID=grid != (0, 0),
-            HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None, HAS_SEQ=seq_idx is not None,
-            HAS_FINAL=return_final, num_warps=8,
+        cut, blocks, chunk = _cut(dim, length, batch * K, x.device)
+        forward_kernel[(blocks, max(1, triton.cdiv(length, chunk)), batch * K)](
+            x, weight.contiguous(), bias, initial, seq_idx, y, final, length, dim, K, orders, *grid, chunk, x.stride(0),
+            x.stride(1), W=W, T=_together(x), SILU=activation == "silu", GRID=grid != (0, 0), HAS_BIAS=bias is not
+            None, HAS_INITIAL=initial is not None, HAS_SEQ=seq_idx is not None, HAS_FINAL=return_final, **cut,
         )  # fmt: skip
     return y, final
 
@@ -48,23 +50,43 @@ def conv_rows_backward(
     K, dim, W = weight.shape
     batch, length, _ = x.shape
     x, dy = row_major(x), row_major(dy)
-    chunks = max(1, triton.cdiv(length, CHUNK))
-    dx = (torch.empty if seq_idx is None else torch.zeros)((batch, K, length, dim), dtype=x.dtype, device=x.device)
-    dweight = torch.empty((batch, K, chunks, W, dim), dtype=torch.float32, device=x.device)
-    dbias = None if bias is None else torch.empty((batch, K, chunks, dim), dtype=torch.float32, device=x.device)
+    dx = torch.empty((batch, K, length, dim), dtype=x.dtype, device=x.device)
+    if not x.numel():
+        return dx, torch.zeros_like(weight), bias if bias is None else torch.zeros_like(bias), _unread(initial, dfinal)
+    cut, blocks, chunk = _cut(dim, length, batch * K, x.device)
+    chunks = triton.cdiv(length, chunk)
+    parts = torch.empty((batch, K, chunks, W + 1, dim), dtype=torch.float32, device=x.device)
     dinitial = None if initial is None else torch.empty_like(initial)
-    if batch and dim:
-        BLOCK_D = min(256, max(32, triton.next_power_of_2(dim)))
-        backward_kernel[(triton.cdiv(dim, BLOCK_D), chunks, batch * K)](
-            dy, dfinal, x, weight.contiguous(), bias, initial, seq_idx, valid_lengths(seq_idx), dx, dweight, dbias,
-            dinitial, length, dim, K, orders, *grid, dy.stride(0), dy.stride(1), dy.stride(2), x.stride(0), x.stride(1),
-            W=W, CHUNK=CHUNK, BLOCK_D=BLOCK_D, SILU=activation == "silu", GRID=grid != (0, 0), HAS_BIAS=bias is not
-            None, HAS_INITIAL=initial is not None, HAS_SEQ=seq_idx is not None, HAS_DFINAL=dfinal is not None,
-            num_warps=4,
-        )  # fmt: skip
-    dweight_KDW = dweight.sum((0, 2)).transpose(1, 2).to(weight.dtype).contiguous()
-    dbias_KD = None if bias is None or dbias is None else dbias.sum((0, 2)).to(bias.dtype)
-    return dx, dweight_KDW, dbias_KD, dinitial
+    backward_kernel[(blocks, chunks, batch * K)](
+        dy, dfinal, x, weight.contiguous(), bias, initial, seq_idx, dx, parts, dinitial, length, dim, K, orders, *grid,
+        chunk, dy.stride(0), dy.stride(1), dy.stride(2), x.stride(0), x.stride(1), W=W, T=_together(x, initial, dfinal),
+        SILU=activation == "silu", GRID=grid != (0, 0), HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None,
+        HAS_SEQ=seq_idx is not None, HAS_DFINAL=dfinal is not None, **cut,
+    )  # fmt: skip
+    totals = parts.sum((0, 2))
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format).copy_(totals[:, :W].transpose(1, 2))
+    return dx, dweight, None if bias is None else torch.empty_like(bias).copy_(totals[:, W]), dinitial
+
+
+def _cut(dim: int, length: int, rows: int, device: torch.device) -> tuple[dict[str, int], int, int]:
+    """Channels and warps of a program, how many programs stand side by side for all channels, and how many steps each
+    does: long chunks read little twice and leave few partial sums, short ones fill the GPU."""
+    block = min(BLOCK, max(32, triton.next_power_of_2(dim)))
+    warps, blocks = max(1, block // 128), triton.cdiv(dim, block)
+    steps = rows * length * blocks * warps // (WARPS * multiprocessors(device)) // CHUNK[0] * CHUNK[0]
+    return {"BLOCK_D": block, "num_warps": warps}, blocks, max(CHUNK[0], min(CHUNK[1], steps))
+
+
+def _together(x: Tensor, *states: Tensor | None) -> int:
+    """Steps loaded together: fewer of float32, and where backward goes into a state."""
+    return T[x.dtype == torch.float32 or any(state is not None for state in states)]
+
+
+def _unread(initial: Tensor | None, dfinal: Tensor | None) -> Tensor | None:
+    """Gradient of the initial state where there are no steps: that of the final state."""
+    if initial is None or dfinal is None:
+        return initial if initial is None else torch.zeros_like(initial)
+    return torch.empty_like(initial).copy_(dfinal)
 
 
 def forward(

@@ -1,6 +1,11 @@
-"""The Triton kernels of the causal convolution. `rows_k` is K, the orders in which each of B inputs is walked; `*_b`,
-`*_k`, `*_l` are strides of batch, order and step. Forward, a program computes BLOCK_L steps of BLOCK_D channels side by
-side; backward, it walks CHUNK steps of them. W taps."""
+"""The Triton kernels of the causal convolution. A program has BLOCK_D channels and some steps of one row; T steps are
+loaded at once and then done one after another, the W - 1 inputs before them in registers.
+
+A group of steps inside one sequence needs no conditions and is done without (PLAIN); elsewhere the marks of the steps
+say which inputs belong together: the number of the sequence, negative for padding and beyond the end.
+
+`rows_k` is K, the orders in which each of B inputs is walked; `*_b`, `*_k`, `*_l` are strides of batch, order and step.
+"""
 
 # mypy: ignore-errors
 # ruff: noqa: RUF005, SIM102
@@ -12,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vlmamba.ops.lanes import is_reset, position, sigmoid
+from vlmamba.ops.lanes import position, sigmoid
 
 
 @triton.jit
@@ -25,193 +30,302 @@ def _taps(weight, d, in_d, W: tl.constexpr):
 
 
 @triton.jit
+def _shift(bias, d, in_d, HAS_BIAS: tl.constexpr):
+    shift = tl.zeros(d.shape, tl.float32)
+    if HAS_BIAS:
+        shift += tl.load(bias + d, mask=in_d, other=0.0).to(tl.float32)
+    return shift
+
+
+@triton.jit
+def _at(row, stride, start, i: tl.constexpr, length, orders, k, height, width, GRID: tl.constexpr):
+    """Where step `start + i` stands."""
+    if GRID:
+        step = tl.minimum(tl.maximum(start + i, 0), length - 1)
+        place = row + position(step, length, orders, k, height, width, GRID).to(tl.int64) * stride
+    else:
+        place = row + start.to(tl.int64) * stride + i * stride
+    return place
+
+
+@triton.jit
+def _fetch(row, stride, start, length, orders, k, height, width, in_d, T: tl.constexpr, GRID: tl.constexpr):
+    """T steps from `start`, as they stand in memory; beyond the end, anything."""
+    raw = ()
+    for i in tl.static_range(T):
+        place = _at(row, stride, start, i, length, orders, k, height, width, GRID)
+        raw = raw + (tl.load(place, mask=in_d & (start + i < length)),)
+    return raw
+
+
+@triton.jit
 def _before(
-    x_row, initial, initial_row, seq_idx, seq_row, first, length, dim, orders, k, height, width, x_l, d, in_d,
-    W: tl.constexpr, GRID: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ: tl.constexpr,
+    x_row, x_l, initial, start, length, dim, orders, k, height, width, d, in_d,
+    W: tl.constexpr, GRID: tl.constexpr, HAS_INITIAL: tl.constexpr,
 ):  # fmt: skip
-    """The W - 1 inputs before step `first`, oldest first: from x, from the initial state before step 0, or zero."""
+    """The W - 1 inputs before `start`, oldest first: from x; before step 0 from the initial state, or zero."""
     window = ()
     for j in tl.static_range(W - 1):
-        step = first - (W - 1) + j
-        p = position(tl.maximum(step, 0), length, orders, k, height, width, GRID)
-        same = step >= 0
-        if HAS_SEQ:
-            for i in tl.static_range(
-                j + 1, W
-            ):  # no reset at steps first - (W - 1) + i, up to and including `first - 1`
-                if i < W - 1:
-                    same = same & (is_reset(seq_idx, seq_row, tl.maximum(first - (W - 1) + i, 0)) == 0)
-        value = tl.load(x_row + p * x_l + d, mask=in_d & same, other=0.0).to(tl.float32)
+        step = start + (j - (W - 1))
+        place = _at(x_row, x_l, start, j - (W - 1), length, orders, k, height, width, GRID)
+        value = tl.load(place, mask=in_d & (step >= 0), other=0.0).to(tl.float32)
         if HAS_INITIAL:
-            i_row = tl.maximum(step + W - 1, 0)
-            value += tl.load(initial + (initial_row + i_row) * dim + d, mask=in_d & (step < 0), other=0.0).to(
-                tl.float32
-            )
+            held = initial + tl.maximum(step + (W - 1), 0) * dim + d
+            value += tl.load(held, mask=in_d & (step < 0), other=0.0).to(tl.float32)
         window = window + (value,)
     return window
 
 
 @triton.jit
-def _clear(window, reset, W: tl.constexpr):
-    """The window, or zeros where a new sequence begins."""
-    cleared = ()
+def _plain(seq, start, length, STEPS: tl.constexpr, W: tl.constexpr, HAS_SEQ: tl.constexpr):
+    """Whether STEPS steps from `start`, and the W - 1 before them, are of one sequence."""
+    plain = start + STEPS <= length
+    if HAS_SEQ:
+        SPAN: tl.constexpr = triton.next_power_of_2(STEPS + W - 1)
+        step = tl.maximum(start - (W - 1) + tl.minimum(tl.arange(0, SPAN), STEPS + W - 2), 0)
+        marks = tl.load(seq + step, mask=step < length, other=-1)
+        lowest = tl.min(marks, 0)
+        plain = (lowest >= 0) & (lowest == tl.max(marks, 0))
+    return plain
+
+
+@triton.jit
+def _marks(seq, start, length, STEPS: tl.constexpr, W: tl.constexpr, HAS_SEQ: tl.constexpr):
+    """The marks of STEPS steps from `start` and of the W - 1 before them; before step 0 that of step 0."""
+    marks = ()
+    for i in tl.static_range(STEPS + W - 1):
+        step = start + (i - (W - 1))
+        mark = tl.where(step < length, 0, -1)
+        if HAS_SEQ:
+            mark = tl.load(seq + tl.maximum(step, 0), mask=step < length, other=-1)
+        marks = marks + (mark,)
+    return marks
+
+
+@triton.jit
+def _related(marks, i: tl.constexpr, W: tl.constexpr):
+    """For each of the W inputs of step i: whether the step may read it. False for all where the step is padding."""
+    near = marks[i + W - 1] >= 0
+    related = (near,)
+    for j in tl.static_range(1, W):
+        near = near & (marks[i + W - j] == marks[i + W - 1 - j])
+        related = (near,) + related
+    return related
+
+
+@triton.jit
+def _select(related, window, W: tl.constexpr):
+    seen = ()
     for j in tl.static_range(W):
-        cleared = cleared + (tl.where(reset, 0, window[j]),)
-    return cleared
+        seen = seen + (tl.where(related[j], window[j], 0.0),)
+    return seen
+
+
+@triton.jit
+def _convolve(seen, taps, shift, W: tl.constexpr):
+    v = shift
+    for j in tl.static_range(W):
+        v += taps[j] * seen[j]
+    return v
+
+
+@triton.jit
+def _forward_steps(
+    window, raw, taps, shift, seq, y_row, final, start, length, dim, orders, k, height, width, d, in_d,
+    T: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, GRID: tl.constexpr, HAS_SEQ: tl.constexpr,
+    HAS_FINAL: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    if not PLAIN:
+        marks = _marks(seq, start, length, T + 1, W, HAS_SEQ)
+    for i in tl.static_range(T):
+        seen = window + (raw[i].to(tl.float32),)
+        window = seen[1:]
+        if not PLAIN:
+            seen = _select(_related(marks, i, W), seen, W)
+        v = _convolve(seen, taps, shift, W)
+        if SILU:
+            v *= sigmoid(v)
+        inside = in_d
+        if not PLAIN:
+            v = tl.where(marks[i + W - 1] >= 0, v, 0.0)
+            inside = in_d & (start + i < length)
+        place = _at(y_row, dim, start, i, length, orders, k, height, width, GRID)
+        tl.store(place, v.to(y_row.dtype.element_ty), mask=inside)
+        if HAS_FINAL and not PLAIN:
+            if (marks[i + W - 1] >= 0) & (marks[i + W] < 0):  # the last step of the row
+                for j in tl.static_range(1, W):
+                    tl.store(final + (j - 1) * dim + d, seen[j].to(final.dtype.element_ty), mask=in_d)
+    return window
 
 
 @triton.jit
 def forward_kernel(
-    x, weight, bias, initial, seq_idx, y, final, length, dim, rows_k, orders, height, width, x_b, x_l,
-    W: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, SILU: tl.constexpr, GRID: tl.constexpr,
+    x, weight, bias, initial, seq_idx, y, final, length, dim, rows_k, orders, height, width, chunk, x_b, x_l,
+    W: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr, SILU: tl.constexpr, GRID: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_FINAL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_L steps of BLOCK_D channels side by side: each input is loaded W times, but from memory once."""
-    row = tl.program_id(2).to(tl.int64)
-    b, k = row // rows_k, row % rows_k
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    step = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
-    in_d, valid = d < dim, step < length
-    last = step == length - 1
-    if HAS_SEQ:
-        seq = seq_idx + b * length
-        valid = tl.load(seq + step, mask=valid, other=-1) >= 0
-        last = valid & ((step == length - 1) | (tl.load(seq + step + 1, mask=step + 1 < length, other=-1) < 0))
-    v = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
-    if HAS_BIAS:
-        v += tl.load(bias + k * dim + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
-    for j in tl.static_range(W):  # the oldest input first
-        before = step - (W - 1 - j)
-        same = valid
-        if HAS_SEQ:
-            for i in tl.static_range(W - 1 - j):  # no new sequence between that input and this step
-                inside = valid & (step - i > 0)
-                newer = tl.load(seq + step - i, mask=inside, other=0)
-                same = same & (newer == tl.load(seq + step - i - 1, mask=inside, other=0))
-        p = position(tl.maximum(before, 0), length, orders, k, height, width, GRID)
-        at = x + b * x_b + p[:, None].to(tl.int64) * x_l + d[None, :]
-        value = tl.load(at, mask=(same & (before >= 0))[:, None] & in_d[None, :], other=0.0).to(tl.float32)
-        if HAS_INITIAL and j < W - 1:
-            if tl.program_id(1) == 0:
-                held = initial + (b * (W - 1) + tl.maximum(before + W - 1, 0))[:, None] * dim + d[None, :]
-                value += tl.load(held, mask=(same & (before < 0))[:, None] & in_d[None, :], other=0.0).to(tl.float32)
-        v += tl.load(weight + (k * dim + d) * W + j, mask=in_d, other=0.0).to(tl.float32)[None, :] * value
-        if HAS_FINAL and j > 0:
-            kept = final + (b * (W - 1) + j - 1) * dim + d[None, :] + step[:, None] * 0
-            tl.store(kept, value.to(final.dtype.element_ty), mask=last[:, None] & in_d[None, :])
-    if SILU:
-        v *= sigmoid(v)
-    v = tl.where(valid[:, None], v, 0.0)
-    p = position(tl.minimum(step, tl.maximum(length - 1, 0)), length, orders, k, height, width, GRID)
-    out = y + (row * length + p[:, None]) * dim + d[None, :]
-    tl.store(out, v.to(y.dtype.element_ty), mask=(step < length)[:, None] & in_d[None, :])
-    if HAS_FINAL:
-        nothing = (tl.program_id(1) == 0) & (length == 0)
-        if HAS_SEQ:
-            nothing = (tl.program_id(1) == 0) & (tl.load(seq, mask=length > 0, other=-1) < 0)
-        if nothing:  # nothing was read: the window is as it was
-            for j in tl.static_range(W - 1):
-                old = tl.zeros([BLOCK_D], tl.float32)
-                if HAS_INITIAL:
-                    old += tl.load(initial + (b * (W - 1) + j) * dim + d, mask=in_d, other=0.0).to(tl.float32)
-                tl.store(final + (b * (W - 1) + j) * dim + d, old.to(final.dtype.element_ty), mask=in_d)
-
-
-@triton.jit
-def backward_kernel(
-    dy, dfinal, x, weight, bias, initial, seq_idx, lengths, dx, dweight, dbias, dinitial,
-    length, dim, rows_k, orders, height, width, dy_b, dy_k, dy_l, x_b, x_l,
-    W: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, SILU: tl.constexpr, GRID: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_DFINAL: tl.constexpr,
-):  # fmt: skip
+    """`chunk` steps, a multiple of T."""
     row = tl.program_id(2).to(tl.int64)
     b, k = row // rows_k, row % rows_k
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_d = d < dim
-    taps = _taps(weight + k * dim * W, d, in_d, W)
-    end = length
+    first = tl.program_id(1) * chunk
+    seq, initial_row, final_row = seq_idx, initial, final + b * (W - 1) * dim
     if HAS_SEQ:
-        end = tl.load(lengths + b)
-    first = tl.program_id(1) * CHUNK
+        seq += b * length
+    if HAS_INITIAL:
+        initial_row += b * (W - 1) * dim
+    x_row, y_row = x + b * x_b + d, y + row * length * dim + d
+    taps, shift = _taps(weight + k * dim * W, d, in_d, W), _shift(bias, k * dim + d, in_d, HAS_BIAS)
     window = _before(
-        x + b * x_b, initial, b * (W - 1), seq_idx, b * length, first, length, dim, orders, k, height, width, x_l,
-        d, in_d, W, GRID, HAS_INITIAL, HAS_SEQ,
-    )  # fmt: skip
-    last = tl.minimum(first + CHUNK, end)
-    # open[j]: the gradient so far of the input at step - (W - 1) + j, which the outputs still to come complete;
-    # same[j]: 1 while that input belongs to the sequence of the step
-    open = ()
-    same = ()
-    taps_grad = ()
-    for _ in tl.static_range(W - 1):
-        open = open + (tl.zeros([BLOCK_D], tl.float32),)
-        same = same + (first * 0 + 1,)
-    for _ in tl.static_range(W):
-        taps_grad = taps_grad + (tl.zeros([BLOCK_D], tl.float32),)
-    bias_grad = tl.zeros([BLOCK_D], tl.float32)
-    for step in range(first, last + W - 1):
-        within = step < end
-        p = position(tl.minimum(step, length - 1), length, orders, k, height, width, GRID)
+        x_row, x_l, initial_row, first, length, dim, orders, k, height, width, d, in_d, W, GRID, HAS_INITIAL
+    )
+    for done in range(0, tl.minimum(chunk, length - first), T):
+        start = first + done
+        raw = _fetch(x_row, x_l, start, length, orders, k, height, width, in_d, T, GRID)
+        # A row's last step is never plain: it writes the final state.
+        if _plain(seq, start, length, T + 1 if HAS_FINAL else T, W, HAS_SEQ):
+            window = _forward_steps(
+                window, raw, taps, shift, seq, y_row, final_row, start, length, dim, orders, k, height, width, d, in_d,
+                T, W, SILU, GRID, HAS_SEQ, HAS_FINAL, True,
+            )  # fmt: skip
+        else:
+            window = _forward_steps(
+                window, raw, taps, shift, seq, y_row, final_row, start, length, dim, orders, k, height, width, d, in_d,
+                T, W, SILU, GRID, HAS_SEQ, HAS_FINAL, False,
+            )  # fmt: skip
+    if HAS_FINAL:
+        nothing = (first == 0) & (length == 0)
         if HAS_SEQ:
-            reset = within & is_reset(seq_idx, b * length, tl.minimum(step, length - 1))
-            window = _clear(window, reset, W - 1)
-            same = _clear(same, reset, W - 1)
-        window = window + (tl.load(x + b * x_b + p * x_l + d, mask=in_d & within, other=0.0).to(tl.float32),)
-        grad = tl.load(dy + b * dy_b + k * dy_k + p * dy_l + d, mask=in_d & within, other=0.0).to(tl.float32)
-        if SILU:
-            v = tl.zeros([BLOCK_D], tl.float32)
-            if HAS_BIAS:
-                v += tl.load(bias + k * dim + d, mask=in_d, other=0.0).to(tl.float32)
-            for j in tl.static_range(W):
-                v += taps[j] * window[j]
-            gate = sigmoid(v)
-            grad *= gate * (1.0 + v * (1.0 - gate))
-        own = step < last
-        bias_grad += tl.where(own, grad, 0.0)
-        summed = ()
-        complete = ()
-        for j in tl.static_range(W):
-            summed = summed + (taps_grad[j] + tl.where(own, grad * window[j], 0.0),)
-            reached = grad * taps[j]
-            if j < W - 1:
-                reached = open[j] + (tl.where(same[j] != 0, reached, 0.0) if HAS_SEQ else reached)
-            complete = complete + (reached,)
-        taps_grad = summed
-        _store_input_grad(
-            complete[0], dfinal, dx, dinitial, row, b, step - (W - 1), first, end, length, dim, orders, k, height,
-            width, seq_idx, d, in_d, W, GRID, HAS_INITIAL, HAS_SEQ, HAS_DFINAL,
-        )  # fmt: skip
-        open = complete[1:]
-        window = window[1:]
-        if HAS_SEQ and W > 1:
-            same = same[1:] + (first * 0 + 1,)
-    part = row * tl.num_programs(1) + tl.program_id(1)
-    for j in tl.static_range(W):
-        tl.store(dweight + (part * W + j) * dim + d, taps_grad[j], mask=in_d)
-    if HAS_BIAS:
-        tl.store(dbias + part * dim + d, bias_grad, mask=in_d)
+            nothing = (first == 0) & (tl.load(seq, mask=length > 0, other=-1) < 0)
+        if nothing:  # nothing was read: the window is as it was
+            for j in tl.static_range(W - 1):
+                old = tl.zeros([BLOCK_D], tl.float32)
+                if HAS_INITIAL:
+                    old += tl.load(initial_row + j * dim + d, mask=in_d, other=0.0).to(tl.float32)
+                tl.store(final_row + j * dim + d, old.to(final.dtype.element_ty), mask=in_d)
 
 
 @triton.jit
-def _store_input_grad(
-    grad, dfinal, dx, dinitial, row, b, step, first, end, length, dim, orders, k, height, width, seq_idx, d, in_d,
-    W: tl.constexpr, GRID: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_DFINAL: tl.constexpr,
+def _backward_steps(
+    window, open, sums, raw_x, raw_dy, taps, shift, seq, dfinal, dx_row, dinitial, start, first, last, length, dim,
+    orders, k, height, width, d, in_d,
+    T: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, GRID: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_SEQ: tl.constexpr, HAS_DFINAL: tl.constexpr, PLAIN: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
-    """Write the finished gradient of the input at `step`; before step 0 that input is a row of the initial state."""
-    if HAS_DFINAL:
-        kept = (step >= end - (W - 1)) & ((step >= first) | (first == 0))
-        if HAS_SEQ:
-            for i in tl.static_range(1, W - 1):  # the final state holds the last sequence only
-                later = step + i
-                inside = (later < end) & (later > 0)
-                kept = kept & (
-                    (is_reset(seq_idx, b * length, tl.minimum(tl.maximum(later, 0), length - 1)) & inside) == 0
-                )
-        i_row = tl.maximum(step - (end - (W - 1)), 0)
-        grad += tl.load(dfinal + (b * (W - 1) + i_row) * dim + d, mask=in_d & kept, other=0.0).to(tl.float32)
-    if (step >= first) & (step >= 0):
-        p = position(step, length, orders, k, height, width, GRID)
-        tl.store(dx + (row * length + p) * dim + d, grad.to(dx.dtype.element_ty), mask=in_d)
+    """T steps from `start`. `open` holds the gradients of the W - 1 inputs before them, which these steps add to;
+    `sums` those of weights and bias, which the program's own steps add to."""
+    if not PLAIN:
+        marks = _marks(seq, start, length, T, W, HAS_SEQ)
+    for i in tl.static_range(T):
+        seen = window + (raw_x[i].to(tl.float32),)
+        window = seen[1:]
+        grad = raw_dy[i].to(tl.float32)
+        if not PLAIN:
+            related = _related(marks, i, W)
+            seen = _select(related, seen, W)
+            grad = tl.where(related[W - 1], grad, 0.0)
+        if SILU:
+            v = _convolve(seen, taps, shift, W)
+            gate = sigmoid(v)
+            grad *= gate * (1.0 + v * (1.0 - gate))
+        added = ()
+        complete = ()
+        for j in tl.static_range(W):
+            if OWN:
+                added = added + (sums[j] + grad * seen[j],)
+            own = grad
+            if not PLAIN:
+                own = tl.where(related[j], grad, 0.0)
+            complete = complete + ((open[j] if j < W - 1 else 0.0) + own * taps[j],)
+        if OWN:
+            sums = added + (sums[W] + grad,)
+        done = complete[0]
+        open = complete[1:]
+        step = start + (i - (W - 1))  # whose gradient is complete
+        if HAS_DFINAL and not PLAIN:
+            done += _final_grad(marks, i, step, dfinal, dim, d, in_d, W)
+        place = _at(dx_row, dim, start, i - (W - 1), length, orders, k, height, width, GRID)
+        tl.store(place, done.to(dx_row.dtype.element_ty), mask=in_d & (step >= first) & (step < last))
+        if HAS_INITIAL:
+            if step < 0:
+                tl.store(dinitial + (step + W - 1) * dim + d, done.to(dinitial.dtype.element_ty), mask=in_d)
+    return window, open, sums
+
+
+@triton.jit
+def _final_grad(marks, i: tl.constexpr, step, dfinal, dim, d, in_d, W: tl.constexpr):
+    """What the final state adds to the gradient of the input at `step`, W - 1 before step i of the group: it holds
+    that input if step i is past the end and no other sequence began after the input."""
+    kept = (marks[i + W - 1] < 0) & ((step < 0) | (marks[i] >= 0))
+    place = step * 0
+    for j in tl.static_range(1, W):
+        past = (marks[i + j] < 0) & (step + j >= 0)
+        kept = kept & ((marks[i + j] == marks[i + j - 1]) | (marks[i + j] < 0))
+        if j < W - 1:
+            place += past.to(tl.int32)
+    return tl.load(dfinal + place * dim + d, mask=in_d & kept, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def backward_kernel(
+    dy, dfinal, x, weight, bias, initial, seq_idx, dx, parts, dinitial, length, dim, rows_k, orders, height, width,
+    chunk, dy_b, dy_k, dy_l, x_b, x_l,
+    W: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr, SILU: tl.constexpr, GRID: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_DFINAL: tl.constexpr,
+):  # fmt: skip
+    """`chunk` steps, a multiple of T, and the W - 1 after them, whose outputs depend on these inputs."""
+    row = tl.program_id(2).to(tl.int64)
+    b, k = row // rows_k, row % rows_k
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_d = d < dim
+    first = tl.program_id(1) * chunk
+    last = tl.minimum(first + chunk, length)
+    seq = seq_idx
+    if HAS_SEQ:
+        seq += b * length
+    initial_row, dinitial_row, dfinal_row = initial, dinitial, dfinal
     if HAS_INITIAL:
-        if step < 0:
-            tl.store(dinitial + (b * (W - 1) + step + W - 1) * dim + d, grad.to(dinitial.dtype.element_ty), mask=in_d)
+        initial_row += b * (W - 1) * dim
+        dinitial_row += b * (W - 1) * dim
+    if HAS_DFINAL:
+        dfinal_row += b * (W - 1) * dim
+    x_row, dy_row, dx_row = x + b * x_b + d, dy + b * dy_b + k * dy_k + d, dx + row * length * dim + d
+    taps, shift = _taps(weight + k * dim * W, d, in_d, W), _shift(bias, k * dim + d, in_d, HAS_BIAS)
+    window = _before(
+        x_row, x_l, initial_row, first, length, dim, orders, k, height, width, d, in_d, W, GRID, HAS_INITIAL
+    )
+    open = ()
+    sums = (tl.zeros([BLOCK_D], tl.float32),)
+    for _ in tl.static_range(W - 1):
+        open = open + (tl.zeros([BLOCK_D], tl.float32),)
+    for _ in tl.static_range(W):
+        sums = sums + (tl.zeros([BLOCK_D], tl.float32),)
+    end = first
+    for done in range(0, last - first, T):
+        start = first + done
+        raw_x = _fetch(x_row, x_l, start, length, orders, k, height, width, in_d, T, GRID)
+        raw_dy = _fetch(dy_row, dy_l, start, length, orders, k, height, width, in_d, T, GRID)
+        if _plain(seq, start, length, T, W, HAS_SEQ):
+            window, open, sums = _backward_steps(
+                window, open, sums, raw_x, raw_dy, taps, shift, seq, dfinal_row, dx_row, dinitial_row, start, first,
+                last, length, dim, orders, k, height, width, d, in_d, T, W, SILU, GRID, HAS_INITIAL, HAS_SEQ,
+                HAS_DFINAL, True, True,
+            )  # fmt: skip
+        else:
+            window, open, sums = _backward_steps(
+                window, open, sums, raw_x, raw_dy, taps, shift, seq, dfinal_row, dx_row, dinitial_row, start, first,
+                last, length, dim, orders, k, height, width, d, in_d, T, W, SILU, GRID, HAS_INITIAL, HAS_SEQ,
+                HAS_DFINAL, False, True,
+            )  # fmt: skip
+        end = start + T
+    raw_x = _fetch(x_row, x_l, end, length, orders, k, height, width, in_d, W - 1, GRID)
+    raw_dy = _fetch(dy_row, dy_l, end, length, orders, k, height, width, in_d, W - 1, GRID)
+    _backward_steps(
+        window, open, sums, raw_x, raw_dy, taps, shift, seq, dfinal_row, dx_row, dinitial_row, end, first, last,
+        length, dim, orders, k, height, width, d, in_d, W - 1, W, SILU, GRID, HAS_INITIAL, HAS_SEQ, HAS_DFINAL, False,
+        False,
+    )  # fmt: skip
+    part = parts + (row * tl.num_programs(1) + tl.program_id(1)) * (W + 1) * dim + d
+    for j in tl.static_range(W + 1 if HAS_BIAS else W):
+        tl.store(part + j * dim, sums[j], mask=in_d)
