@@ -23,9 +23,6 @@ ROOT = Path(__file__).parents[1]
 PRODUCTS = ((16384, 2560, 10240), (16384, 5120, 2560))
 PRODUCTS_OF_A_CPU = ((1024, 1024, 1024),)
 SUSTAINED = 1.5  # seconds: after one of these the clock has come down to what the card's power allows
-RATE_IS = f"""products of random bf16 matrices ({", ".join(" x ".join(map(str, p)) for p in PRODUCTS)}: 16K tokens
-through in_proj and out_proj of 2.8b; on a CPU {" x ".join(map(str, PRODUCTS_OF_A_CPU[0]))}), one after the other for
-{SUSTAINED} s, after {SUSTAINED} s of the same""".replace("\n", " ")
 
 
 def name_of(device: torch.device) -> str:
@@ -86,13 +83,26 @@ def limits(device: torch.device, toy: bool) -> dict[str, float]:
     return {"copy": 2 * count / copy.median * 1e3, "product": product_rate(device, 0.05 if toy else SUSTAINED)}
 
 
+def rate_is(device: torch.device) -> str:
+    """What `product_rate` measures, for a report."""
+    shapes = ", ".join(" x ".join(map(str, shape)) for shape in _products(device))
+    what = f"{shapes}: 16K tokens through in_proj and out_proj of 2.8b" if device.type == "cuda" else shapes
+    return (
+        f"products of random matrices ({what}) one after the other for {SUSTAINED} s, after {SUSTAINED} s of the same"
+    )
+
+
+def _products(device: torch.device) -> tuple[tuple[int, int, int], ...]:
+    return PRODUCTS if device.type == "cuda" else PRODUCTS_OF_A_CPU
+
+
 def product_rate(device: torch.device, seconds: float = SUSTAINED) -> float:
     """bf16 FLOP a second of PRODUCTS, one after the other for `seconds`, after as long a time of the same.
 
     A short measurement on a cold card would promise more than any training step can have: within a second the card
     reaches its power limit and lowers its clock.
     """
-    shapes = PRODUCTS if device.type == "cuda" else PRODUCTS_OF_A_CPU
+    shapes = _products(device)
     make = {"device": device, "dtype": torch.bfloat16}
     operands = [(torch.randn(m, k, **make), torch.randn(n, k, **make).t()) for m, k, n in shapes]
     work = sum(2.0 * m * k * n for m, k, n in shapes)

@@ -50,9 +50,16 @@ def _no_peer(bench: Bench, peer: str) -> str | None:
 
 
 def _pair(
-    bench: Bench, case: str, who: str, function: Callable[..., Any], inputs: list[tuple[Any, ...]], floor: float
+    bench: Bench,
+    case: str,
+    who: str,
+    function: Callable[..., Any],
+    inputs: list[tuple[Any, ...]],
+    floor: float,
+    together: bool = False,
 ) -> None:
-    """Rows of the forward and the backward pass; `floor` is the bytes of reading and writing everything once."""
+    """Rows of the forward and the backward pass, and of both `together`; `floor` is the bytes of reading and writing
+    everything once."""
     with bench.row_of(f"{case}, forward", who, "graph"):
         if bench.over(1):
             bench.missing(f"{case}, forward", who)
@@ -74,7 +81,8 @@ def _pair(
         low, high = whole.low - forward.median, whole.high - forward.median
         backward = Timing(whole.median - forward.median, low, high, whole.repeats)
         bench.add(f"{case}, backward", who, "graph", backward, floor_bytes=2 * floor)
-        bench.add(f"{case}, forward + backward", who, "graph", whole, floor_bytes=3 * floor)
+        if together:
+            bench.add(f"{case}, forward + backward", who, "graph", whole, floor_bytes=3 * floor)
 
 
 def _scan(bench: Bench, shape: Case, dtype: torch.dtype) -> None:
@@ -121,7 +129,7 @@ def _grid(bench: Bench, dtype: torch.dtype) -> None:
     def ours(*a: Tensor) -> Tensor:
         return ops.scan_2d(*a, grid=(side, side), orders=ops.ORDERS)
 
-    _pair(bench, case, models.OURS, ours, rotating(make, bench.device, most=3), floor)
+    _pair(bench, case, models.OURS, ours, rotating(make, bench.device, most=3), floor, together=True)
     refusal = _no_peer(bench, "mamba-ssm")
     if refusal is not None:
         bench.missing(f"{case}, forward", models.MAMBA_SSM, refusal)
@@ -144,7 +152,7 @@ def _grid(bench: Bench, dtype: torch.dtype) -> None:
         assert total is not None
         return total
 
-    _pair(bench, case, models.MAMBA_SSM, four, rotating(make, bench.device, most=3), floor)
+    _pair(bench, case, models.MAMBA_SSM, four, rotating(make, bench.device, most=3), floor, together=True)
 
 
 def _convolution(bench: Bench, shape: Case, dtype: torch.dtype) -> None:

@@ -22,6 +22,7 @@ from benchmarks.bench import Bench
 from benchmarks.report import Report
 from benchmarks.turns import Turn
 
+COMMAND = ("-m", "benchmarks", "--rehearse")
 NOT_REHEARSED = ("memory", "cpu")  # the kernels of prefill; none
 PATIENCE = 90.0  # seconds; what is not compiled then compiles while it is measured
 LAYERS = 2
@@ -37,9 +38,8 @@ def of(sections: Sequence[str]) -> Iterator[None]:
         for section in sections:
             if section not in NOT_REHEARSED:
                 log = logs.enter_context((Path(folder) / f"{section}.log").open("w+", encoding="utf-8"))
-                command = [sys.executable, "-m", "benchmarks", "--rehearse", "--only", section]
                 running[section] = subprocess.Popen(
-                    [*command, "--out", str(Path(folder) / section)],
+                    [sys.executable, *COMMAND, "--only", section, "--out", str(Path(folder) / section)],
                     env=os.environ | {"OMP_NUM_THREADS": str(THREADS)},
                     stdout=log,
                     stderr=subprocess.STDOUT,

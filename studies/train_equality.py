@@ -10,6 +10,7 @@ if that takes longer than LIMIT.
 from __future__ import annotations
 
 import argparse
+import datetime
 import faulthandler
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_full_size import TOY, keep, make_files
+from train_full_size import TOY, keep, machine, make_files
 
 from vlmamba.training import build, launch
 from vlmamba.training.config import RunConfig, from_mapping
@@ -78,7 +79,8 @@ def compare(config: RunConfig, device: torch.device, world: World, say: Callable
         name = f"{world.size} x {way}"
         found[name] = steps(replace(config, parallel=way), device, world, partial(say, name))
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"differences": differences(found) if world.is_main else {}, "loss_and_norm": found, "device": device_name}
+    made = {"device": device_name, "commit": machine.commit(), "date": str(datetime.date.today())}
+    return {"differences": differences(found) if world.is_main else {}, "loss_and_norm": found, **made}
 
 
 def compile_kernels(config: RunConfig, device: torch.device, world: World, say: Callable[..., None]) -> None:

@@ -14,10 +14,10 @@ kernels that it spent most time in.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -30,6 +30,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import machine
 from vlmamba.data.collate import Batch
 from vlmamba.data.processes import in_parallel
 from vlmamba.data.scenes.export import write
@@ -183,7 +186,7 @@ def recipe(data: Path, scratch: Path, options: argparse.Namespace) -> RunConfig:
 def measure(config: RunConfig, device: torch.device, world: World, options: argparse.Namespace) -> dict[str, Any]:
     """Times the steps and gathers the numbers of the main process."""
     began = time.perf_counter()
-    rate = product_rate(device)
+    rate = machine.product_rate(device, 0.1 if options.toy else machine.SUSTAINED)
     step, feed, patches = prepared(config, device, world)
     per_token, per_patch = arithmetic(step.model)
     batches = feed.batches()
@@ -208,6 +211,7 @@ def measure(config: RunConfig, device: torch.device, world: World, options: argp
         "data_wait_longest_s": max(waits),
         "tflops_per_device": flops / seconds / world.size / 1e12,
         "product_rate_tflops": rate / 1e12,
+        "product_rate_is": machine.rate_is(device),
         "share_of_product_rate": flops / seconds / world.size / rate,
         "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
         "dry_run_gib": predicted.memory["peak"] / 2**30,
@@ -219,6 +223,8 @@ def measure(config: RunConfig, device: torch.device, world: World, options: argp
         "seconds_until_ready": ready,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
+        "commit": machine.commit(),
+        "date": str(datetime.date.today()),
     }  # fmt: skip
     if world.is_main and (options.profile or options.resume):
         keep(found, options.json)  # in case that what follows fails
@@ -355,20 +361,6 @@ def profile(step: Step, micro_batches: list[Batch], device: torch.device) -> dic
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def product_rate(device: torch.device) -> float:
-    """FLOP/s of square products, 8192 in bf16 on a GPU, 512 in float32 on a CPU; the median of several."""
-    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
-    pairs = [[torch.randn(side, side, device=device, dtype=dtype) for _ in range(2)] for _ in range(3)]
-    times = []
-    for number in range(40):
-        begin = _mark(device)
-        torch.mm(*pairs[number % 3])
-        end = _mark(device)
-        _finish(device)
-        times.append(end - begin if device.type != "cuda" else begin.elapsed_time(end) / 1e3)
-    return 2 * side**3 / statistics.median(times[10:])
 
 
 def keep(found: dict[str, Any], file: Path | None) -> None:

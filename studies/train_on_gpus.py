@@ -180,8 +180,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     first = timed[0] if timed else {}
     lines = [
         f"# Training, {first.get('device', '?')}", "",
-        f"torch {first.get('torch', '?')}; bf16 products of 8192: {first.get('product_rate_tflops', 0):.0f} TFLOP/s, "
-        "measured before each row. One command: `python studies/train_on_gpus.py`.", "",
+        f"torch {first.get('torch', '?')}. One command: `python studies/train_on_gpus.py`. {origin(rows)}", "",
+        f"bf16 product rate: {rates_of(timed)}, measured before each row"
+        f"{': ' + first['product_rate_is'] if 'product_rate_is' in first else ''}.", "",
         EXPLANATION, "",
         "| row | GPUs | real tokens/s | images/s | of the product rate | step ms, median (quartiles) | peak GiB | "
         "dry run GiB | wait for data | padding |",
@@ -197,6 +198,23 @@ def table(rows: list[dict[str, Any]]) -> str:
         if "problem" in row:
             lines += [f"{row['row']}: did not finish. `{row['problem']}`", ""]
     return "\n".join(lines)
+
+
+def origin(rows: list[dict[str, Any]]) -> str:
+    """Which commit the rows were made from, and when."""
+    made: dict[str, list[str]] = {}
+    for row in rows:
+        if "commit" in row:
+            made.setdefault(f"{row['commit']}, {row['date']}", []).append(row["row"])
+    if len(made) < 2:
+        return "".join(f"Commit {run}." for run in made)
+    return " ".join(f"Commit {run}: {'; '.join(names)}." for run, names in made.items())
+
+
+def rates_of(timed: list[dict[str, Any]]) -> str:
+    rates = [row["product_rate_tflops"] for row in timed] or [0.0]
+    low, high = f"{min(rates):.3g}", f"{max(rates):.3g}"
+    return f"{low} TFLOP/s" if low == high else f"{low} to {high} TFLOP/s"
 
 
 EXPLANATION = """\
