@@ -73,10 +73,12 @@ def truncate(example: Example, max_length: int, image_token_id: int) -> Example:
     Raises:
         BadSampleError: an image would be cut, or no label is left.
     """
-    if np.any(example.input_ids[max_length:] == image_token_id):
-        raise BadSampleError(f"{example.id}: its images reach beyond max_length {max_length}")
-    cut = replace(example, input_ids=example.input_ids[:max_length], labels=example.labels[:max_length])
-    if not np.any(cut.labels[1:] != NO_LABEL):
+    cut = example
+    if len(example.input_ids) > max_length:
+        if np.any(example.input_ids[max_length:] == image_token_id):
+            raise BadSampleError(f"{example.id}: its images reach beyond max_length {max_length}")
+        cut = replace(example, input_ids=example.input_ids[:max_length], labels=example.labels[:max_length])
+    if not (cut.labels[1:] != NO_LABEL).any():
         raise BadSampleError(f"{example.id}: no answer within max_length {max_length}")
     return cut
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from random import Random
+from typing import NamedTuple
 
 from vlmamba.data.scenes.deck import Deck
 from vlmamba.data.scenes.scene import Item, Scene
@@ -32,8 +33,7 @@ SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(NamedTuple):
     """`text` alone, without instruction or options; `answer` in lower case, for kind "choice" the option's letter.
 
     `choices`: the options of kind "choice"; for kind "short" the alternatives that the text itself names, if it does.

@@ -176,9 +176,14 @@ class Scene:
 
     def _alone_on_each_side(self, item: Item) -> dict[str, Item]:
         found: dict[str, Item] = {}
-        for direction in DIRECTIONS:
-            gaps = [(offset(other, item, direction), other) for other in self.items if other is not item]
-            on_side = [other for gap, other in gaps if gap > 0]
+        others = [other for other in self.items if other is not item]
+        on_sides = (
+            [other for other in others if other.x < item.x],
+            [other for other in others if other.x > item.x],
+            [other for other in others if other.y < item.y],
+            [other for other in others if other.y > item.y],
+        )
+        for direction, on_side in zip(DIRECTIONS, on_sides, strict=True):
             if len(on_side) == 1 and offset(on_side[0], item, direction) >= MARGIN:
                 found[direction] = on_side[0]
         return found
