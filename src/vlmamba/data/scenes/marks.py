@@ -72,7 +72,7 @@ def patch_classes(marks: Iterable[Mark], side: int, rows: int, columns: int) -> 
     """
     marks = list(marks)
     found = np.zeros((len(FIELDS), rows, columns), np.int64)
-    ys, xs = ([int((i + 0.5) * side / count) for i in range(count)] for count in (rows, columns))
+    ys, xs = _middles(side, rows), _middles(side, columns)
     for mark in marks:
         if mark.cover is None:
             continue
@@ -80,8 +80,9 @@ def patch_classes(marks: Iterable[Mark], side: int, rows: int, columns: int) -> 
         height, width = mark.cover.shape
         r0, r1 = bisect_left(ys, top), bisect_left(ys, top + height)
         c0, c1 = bisect_left(xs, left), bisect_left(xs, left + width)
-        covered = mark.cover[[y - top for y in ys[r0:r1]]][:, [x - left for x in xs[c0:c1]]]
-        found[:, r0:r1, c0:c1][:, covered] = mark.classes[:, None]
+        if r0 < r1:
+            covered = mark.cover[[[y - top] for y in ys[r0:r1]], [x - left for x in xs[c0:c1]]]
+            np.copyto(found[:, r0:r1, c0:c1], mark.classes[:, None, None], where=covered)
     for mark in marks:
         if mark.centred:
             x, y = (mark.box[0] + mark.box[2]) / 2, (mark.box[1] + mark.box[3]) / 2
@@ -89,6 +90,12 @@ def patch_classes(marks: Iterable[Mark], side: int, rows: int, columns: int) -> 
             if 0 <= row < rows and 0 <= column < columns:
                 _centre(found[:, row, column], mark)
     return found.reshape(len(FIELDS), rows * columns)
+
+
+@cache
+def _middles(side: int, count: int) -> tuple[int, ...]:
+    """The pixels in the middle of each of `count` patches in a row."""
+    return tuple(int((i + 0.5) * side / count) for i in range(count))
 
 
 def _centre(patch: np.ndarray, mark: Mark) -> None:
