@@ -94,6 +94,7 @@ class Bench:
         fraction, limit = None, ""
         if timing is not None:
             numbers = timed(timing, work)
+            note = ", ".join([*[note] * bool(note), *["once"] * (timing.repeats == 1)])
             floors = [(floor_bytes, "copy", "of copy bandwidth"), (floor_flops, "product", "of the bf16 product")]
             times = [(floor / self.limits[key], name) for floor, key, name in floors if floor and key in self.limits]
             if times:

@@ -130,12 +130,12 @@ def questions(count: int) -> list[str]:
 def photographs(folder: Path, count: int) -> None:
     """Files of pictures with large shapes and grain, about as hard to decode as photographs."""
     draw = np.random.default_rng(0)
-    grain = draw.normal(0, 12, (480 + 64, 640 + 64, 3))
+    grain = 12 * draw.standard_normal((480 + 64, 640 + 64, 3), np.float32)
     coarse = draw.integers(0, 256, (count, 12, 16, 3), dtype=np.uint8)
     shifts = draw.integers(0, 64, (count, 2))
 
     def save(i: int) -> None:
-        smooth = np.asarray(Image.fromarray(coarse[i]).resize((640, 480), Image.Resampling.BICUBIC), np.float64)
+        smooth = np.asarray(Image.fromarray(coarse[i]).resize((640, 480), Image.Resampling.BICUBIC), np.float32)
         top, left = shifts[i]
         pixels = (smooth + grain[top : top + 480, left : left + 640]).clip(0, 255).astype(np.uint8)
         ending = "png" if i % 8 == 7 else "jpg"

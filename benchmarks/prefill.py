@@ -65,7 +65,7 @@ def _one(bench: Bench, size: str, contender: models.LanguageModel, cases: list[t
         graphed = bench.device.type == "cuda" and batch * length <= GRAPHED_UP_TO and who != models.PLAIN
         for mode, function in _ways(contender, graphed).items():
             with bench.row_of(case_of(size, batch, length), who, mode):
-                notes = [_agreement(model, ids)] if mode == "shipped" and length <= AGREE_UP_TO else []
+                note = _agreement(model, ids) if mode == "shipped" and length <= AGREE_UP_TO else ""
                 timing = _time(bench, partial(function, model, ids), mode == "graph")
                 bench.add(
                     case_of(size, batch, length),
@@ -73,7 +73,7 @@ def _one(bench: Bench, size: str, contender: models.LanguageModel, cases: list[t
                     mode,
                     timing,
                     floor_flops=2.0 * batch * (body * length + head),
-                    note=", ".join([*notes, *["once"] * (timing.repeats == 1)]),
+                    note=note,
                     batch=batch,
                     length=length,
                 )
