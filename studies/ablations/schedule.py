@@ -12,6 +12,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -64,11 +65,14 @@ class Worker:
             self.start()
         return problem
 
-    def stop(self, now: bool = False) -> None:
-        """Lets the process end; `now`: a run saves its state first, and goes on next time."""
+    def tell(self) -> None:
+        """The process shall end, now: a run saves its state first, and goes on next time."""
         self.connection.close()
-        if now:
+        if self.task is not None:
             self._signal(signal.SIGTERM)
+
+    def stop(self) -> None:
+        """Waits until the process that was told has ended."""
         self.process.join(20)
         if self.process.is_alive():
             self._signal(signal.SIGKILL)
@@ -76,10 +80,12 @@ class Worker:
 
     def _signal(self, number: int) -> None:
         """To the process and those that draw for it: it leads a group once it serves."""
-        try:
-            os.killpg(self.process.pid or 0, number)
-        except ProcessLookupError:
-            os.kill(self.process.pid or 0, number)
+        pid = self.process.pid
+        assert pid is not None
+        for send in (os.killpg, os.kill):
+            with suppress(ProcessLookupError):
+                send(pid, number)
+                return
 
 
 def serve(connection: Connection, study: Study, gpu: int | None) -> None:
@@ -166,7 +172,9 @@ def do_all(
         _work(study, left, finished, workers, deadline, wrong)
     finally:
         for worker in workers:
-            worker.stop(now=worker.task is not None)
+            worker.tell()
+        for worker in workers:
+            worker.stop()
     undone = [task.name for task in open_tasks(tasks, finished) if task.name not in wrong]
     if undone:
         print(f"for another sitting: {', '.join(undone)}", flush=True)

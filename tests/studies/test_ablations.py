@@ -262,7 +262,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     """Everything, in fresh processes; a second call has nothing left to do."""
     arguments = ["--toy", "--seeds", "2", "--output", str(tmp_path)]
     assert main(arguments) == 0
-    assert "[41/41]" in capsys.readouterr().out
+    assert "[56/56]" in capsys.readouterr().out
     page = tmp_path / "study-results.md"
     assert "The numbers mean nothing" in page.read_text()
     first = page.read_text()
