@@ -97,7 +97,7 @@ def test_resets_and_padding():
 def test_a_new_sequence_or_padding_anywhere():
     """Groups are of 4 steps, chunks of 8: every place relative to their borders, in both."""
     L = 13
-    rows = [[0] * t + [1] * (L - t) for t in range(1, L)]
+    rows = [[2 * (t % 2)] * t + [1] * (L - t) for t in range(1, L)]
     rows += [[7] * t + [-1] * (L - t) for t in range(1, L)]
     rows += [[0] * (t - 1) + [1] + [2] * (L - t) for t in (4, 5, 8, 9)]
     seq_idx = torch.tensor(rows, dtype=torch.int32, device=DEVICE)

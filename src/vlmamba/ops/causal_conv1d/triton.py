@@ -16,7 +16,7 @@ from torch import Tensor
 from vlmamba.ops.causal_conv1d.triton_kernels import backward_kernel, forward_kernel
 from vlmamba.ops.selective_scan.triton import check, multiprocessors, row_major
 
-T = (8, 4)  # steps loaded together; the second where they take twice the registers
+T = (8, 4)  # steps loaded together: of 2-byte numbers in the common case; where a step takes more registers
 CHUNK = (16, 128)  # steps of a program, at least and at most: multiples of T
 WARPS = 48  # that a multiprocessor should be given in all before the chunks become longer
 BLOCK = 512  # channels of a program, 4 a thread
@@ -36,8 +36,9 @@ def conv_rows(
         cut, blocks, chunk = _cut(dim, length, batch * K, x.device)
         forward_kernel[(blocks, max(1, triton.cdiv(length, chunk)), batch * K)](
             x, weight.contiguous(), bias, initial, seq_idx, y, final, length, dim, K, orders, *grid, chunk, x.stride(0),
-            x.stride(1), W=W, T=_together(x), SILU=activation == "silu", GRID=grid != (0, 0), HAS_BIAS=bias is not
-            None, HAS_INITIAL=initial is not None, HAS_SEQ=seq_idx is not None, HAS_FINAL=return_final, **cut,
+            x.stride(1), W=W, T=T[x.dtype == torch.float32], SILU=activation == "silu", GRID=grid != (0, 0),
+            HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None, HAS_SEQ=seq_idx is not None,
+            HAS_FINAL=return_final, **cut,
         )  # fmt: skip
     return y, final
 
@@ -57,11 +58,14 @@ def conv_rows_backward(
     chunks = triton.cdiv(length, chunk)
     parts = torch.empty((batch, K, chunks, W + 1, dim), dtype=torch.float32, device=x.device)
     dinitial = None if initial is None else torch.empty_like(initial)
+    common = x.dtype != torch.float32 and W <= 4 and grid == (0, 0) and initial is None and dfinal is None
+    # With 168 registers a thread three programs stand on a multiprocessor.
+    group = {"T": T[0], "maxnreg": 168} if common else {"T": T[1]}
     backward_kernel[(blocks, chunks, batch * K)](
         dy, dfinal, x, weight.contiguous(), bias, initial, seq_idx, dx, parts, dinitial, length, dim, K, orders, *grid,
-        chunk, dy.stride(0), dy.stride(1), dy.stride(2), x.stride(0), x.stride(1), W=W, T=_together(x, initial, dfinal),
-        SILU=activation == "silu", GRID=grid != (0, 0), HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None,
-        HAS_SEQ=seq_idx is not None, HAS_DFINAL=dfinal is not None, **cut,
+        chunk, dy.stride(0), dy.stride(1), dy.stride(2), x.stride(0), x.stride(1), W=W, SILU=activation == "silu",
+        GRID=grid != (0, 0), HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None, HAS_SEQ=seq_idx is not None,
+        HAS_DFINAL=dfinal is not None, **cut, **group,
     )  # fmt: skip
     totals = parts.sum((0, 2))
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format).copy_(totals[:, :W].transpose(1, 2))
@@ -77,16 +81,11 @@ def _cut(dim: int, length: int, rows: int, device: torch.device) -> tuple[dict[s
     return {"BLOCK_D": block, "num_warps": warps}, blocks, max(CHUNK[0], min(CHUNK[1], steps))
 
 
-def _together(x: Tensor, *states: Tensor | None) -> int:
-    """Steps loaded together: fewer of float32, and where backward goes into a state."""
-    return T[x.dtype == torch.float32 or any(state is not None for state in states)]
-
-
 def _unread(initial: Tensor | None, dfinal: Tensor | None) -> Tensor | None:
     """Gradient of the initial state where there are no steps: that of the final state."""
-    if initial is None or dfinal is None:
-        return initial if initial is None else torch.zeros_like(initial)
-    return torch.empty_like(initial).copy_(dfinal)
+    if initial is None:
+        return None
+    return torch.zeros_like(initial) if dfinal is None else torch.empty_like(initial).copy_(dfinal)
 
 
 def forward(

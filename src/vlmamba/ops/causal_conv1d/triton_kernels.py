@@ -211,10 +211,10 @@ def _backward_steps(
     window, open, sums, raw_x, raw_dy, taps, shift, seq, dfinal, dx_row, dinitial, start, first, last, length, dim,
     orders, k, height, width, d, in_d,
     T: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, GRID: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    HAS_SEQ: tl.constexpr, HAS_DFINAL: tl.constexpr, PLAIN: tl.constexpr, OWN: tl.constexpr,
+    HAS_SEQ: tl.constexpr, HAS_DFINAL: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """T steps from `start`. `open` holds the gradients of the W - 1 inputs before them, which these steps add to;
-    `sums` those of weights and bias, which the program's own steps add to."""
+    """T steps from `start`, which add to the gradients of the W - 1 inputs before them (`open`) and of the weights and
+    the bias (`sums`)."""
     if not PLAIN:
         marks = _marks(seq, start, length, T, W, HAS_SEQ)
     for i in tl.static_range(T):
@@ -232,14 +232,12 @@ def _backward_steps(
         added = ()
         complete = ()
         for j in tl.static_range(W):
-            if OWN:
-                added = added + (sums[j] + grad * seen[j],)
+            added = added + (sums[j] + grad * seen[j],)
             own = grad
             if not PLAIN:
                 own = tl.where(related[j], grad, 0.0)
             complete = complete + ((open[j] if j < W - 1 else 0.0) + own * taps[j],)
-        if OWN:
-            sums = added + (sums[W] + grad,)
+        sums = added + (sums[W] + grad,)
         done = complete[0]
         open = complete[1:]
         step = start + (i - (W - 1))  # whose gradient is complete
@@ -301,7 +299,7 @@ def backward_kernel(
         open = open + (tl.zeros([BLOCK_D], tl.float32),)
     for _ in tl.static_range(W):
         sums = sums + (tl.zeros([BLOCK_D], tl.float32),)
-    end = first
+    end = first  # steps from here on are another program's, or beyond the end: they count for these inputs alone
     for done in range(0, last - first, T):
         start = first + done
         raw_x = _fetch(x_row, x_l, start, length, orders, k, height, width, in_d, T, GRID)
@@ -310,13 +308,13 @@ def backward_kernel(
             window, open, sums = _backward_steps(
                 window, open, sums, raw_x, raw_dy, taps, shift, seq, dfinal_row, dx_row, dinitial_row, start, first,
                 last, length, dim, orders, k, height, width, d, in_d, T, W, SILU, GRID, HAS_INITIAL, HAS_SEQ,
-                HAS_DFINAL, True, True,
+                HAS_DFINAL, True,
             )  # fmt: skip
         else:
             window, open, sums = _backward_steps(
                 window, open, sums, raw_x, raw_dy, taps, shift, seq, dfinal_row, dx_row, dinitial_row, start, first,
                 last, length, dim, orders, k, height, width, d, in_d, T, W, SILU, GRID, HAS_INITIAL, HAS_SEQ,
-                HAS_DFINAL, False, True,
+                HAS_DFINAL, False,
             )  # fmt: skip
         end = start + T
     raw_x = _fetch(x_row, x_l, end, length, orders, k, height, width, in_d, W - 1, GRID)
@@ -324,7 +322,6 @@ def backward_kernel(
     _backward_steps(
         window, open, sums, raw_x, raw_dy, taps, shift, seq, dfinal_row, dx_row, dinitial_row, end, first, last,
         length, dim, orders, k, height, width, d, in_d, W - 1, W, SILU, GRID, HAS_INITIAL, HAS_SEQ, HAS_DFINAL, False,
-        False,
     )  # fmt: skip
     part = parts + (row * tl.num_programs(1) + tl.program_id(1)) * (W + 1) * dim + d
     for j in tl.static_range(W + 1 if HAS_BIAS else W):
