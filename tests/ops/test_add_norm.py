@@ -33,7 +33,7 @@ def compare(found, expected, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(1, 6), (2, 3, 7), (5, 33), (19, 64), (2, 129)])
+@pytest.mark.parametrize("shape", [(1, 6), (2, 3, 7), (5, 33), (19, 64), (2, 129), (3, 1300)])
 def test_sum_and_norm(form, stream, dtype, shape):
     """Both results and every gradient, from either result or both."""
     coarse = max((stream, dtype), key=TOLERANCE.__getitem__)
