@@ -28,7 +28,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def softplus(v):
     """log(1 + exp(v)). The polynomial is log(1 + e) / e on [0, 1], minimax in the relative error (2e-7): no
     cancellation where dt is small, and no second trip to the special-function unit."""
-    e = tl.exp2(-tl.abs(v) * LOG2E)
+    e = tl.exp2(tl.abs(v) * -LOG2E)
     p = e * 0.0052326880395412445 - 0.029505213722586632
     p = p * e + 0.07822591066360474
     p = p * e - 0.13663242757320404
@@ -43,7 +43,7 @@ def softplus(v):
 @triton.jit
 def sigmoid(v):
     """1 / (1 + exp(-v)) as the square of a reciprocal root: one instruction where a division takes eight."""
-    r = tl.rsqrt(1.0 + tl.exp2(-v * LOG2E))
+    r = tl.rsqrt(1.0 + tl.exp2(v * -LOG2E))
     return r * r
 
 
