@@ -37,10 +37,11 @@ T_BACK = 2  # the same in backward
 CHUNK = 64  # steps between two saved states
 # Warps that each of a multiprocessor's four schedulers should have before a row is left whole: forward, walking back,
 # and for the backward pass's walk forward, whose segments begin from saved states and so cost nothing.
-ROUNDS = 2
+ROUNDS = 4
 ROUNDS_BACK = 3
-ROUNDS_OUTPUT = 10
-REGISTERS_BACK = 168  # so that as many warps fit a multiprocessor as hide the latency
+ROUNDS_OUTPUT = 20
+REGISTERS = 128  # so that as many warps fit a multiprocessor as hide the latency: the compiler would take up to 168
+REGISTERS_BACK = 168  # 128 are faster for many rows and slower for few
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -101,6 +102,11 @@ def segment_length(warps: int, length: int, device: torch.device, rounds: int) -
     return triton.cdiv(triton.cdiv(length, segments), CHUNK) * CHUNK
 
 
+def _at_most(registers: int) -> dict[str, int]:
+    """The compiler's option; AMD's has none such."""
+    return {} if torch.version.hip else {"maxnreg": registers}
+
+
 def _strides(t: Tensor | None) -> tuple[int, int, int]:
     """(batch, order, step) strides of (B, K, L, *)."""
     return (0, 0, 0) if t is None else (t.stride(0), t.stride(1), t.stride(2))
@@ -153,7 +159,7 @@ def scan_rows(
     flags = {
         "CHUNK": CHUNK, "T": T, "S": S, "NS": NS, "SOFTPLUS": softplus, "GRID": grid != (0, 0),
         "PACKED": _is_packed(N, NS, S, B, C), "WHOLE": _is_whole(length, T, seq_idx, grid),
-        "HAS_BIAS": dt_bias is not None, "HAS_SEQ": seq_idx is not None, "num_warps": 1,
+        "HAS_BIAS": dt_bias is not None, "HAS_SEQ": seq_idx is not None, "num_warps": 1, **_at_most(REGISTERS),
     }  # fmt: skip
     if segments > 1:
         parts, spans = _segment_buffers(rows, segments, blocks, NS, x.device)
@@ -215,9 +221,8 @@ def scan_rows_backward(
             "CHUNK": CHUNK, "T": T_BACK, "S": S, "NS": NS, "SOFTPLUS": softplus, "GRID": grid != (0, 0),
             "PACKED": _is_packed(N, NS, S, B, C), "WHOLE": _is_whole(length, T_BACK, seq_idx, grid),
             "HAS_Z": z is not None, "HAS_BIAS": dt_bias is not None, "HAS_SEQ": seq_idx is not None, "num_warps": 1,
+            **_at_most(REGISTERS_BACK),
         }  # fmt: skip
-        if torch.version.hip is None:
-            flags["maxnreg"] = REGISTERS_BACK
         if segments > 1:
             parts, part_spans = _segment_buffers(rows, segments, blocks, NS, x.device)
             scan_segment_grad_kernel[(blocks, segments, rows)](
