@@ -23,7 +23,7 @@ test-lmms: $(VENV)/dev.done
 	PYTHONPATH=$(VENV)/lmms $(BIN)/python -m pytest -q tests/commands/test_lmms.py
 
 test-gpu: $(VENV)/dev.done
-	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python -m pytest -q -m gpu && $(BIN)/python -m pytest -q tests/ops
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
