@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from vlmamba.ops.add_norm.triton_kernels import backward_kernel, forward_kernel
+from vlmamba.ops.add_norm.triton_kernels import norm_backward_kernel, norm_forward_kernel
 from vlmamba.ops.selective_scan.triton import check, multiprocessors
 
 WIDEST = 32768  # a row lives in the registers of one program
@@ -26,7 +26,7 @@ def forward(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: 
     summed = torch.empty((0,) if delta is None else x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
         width = x.shape[-1]
-        forward_kernel[(len(flat),)](
+        norm_forward_kernel[(len(flat),)](
             flat, addend, weight.contiguous(), normed, summed, width, eps, flat.stride(0),
             0 if addend is None else addend.stride(0), HAS_DELTA=delta is not None, **_cut(width),
         )  # fmt: skip
@@ -46,7 +46,7 @@ def backward(
     each = triton.next_power_of_2(triton.cdiv(len(flat), 8 * multiprocessors(summed.device)))
     programs = triton.cdiv(len(flat), each)
     dweight = torch.empty((programs, width), dtype=torch.float32, device=summed.device)
-    backward_kernel[(programs,)](
+    norm_backward_kernel[(programs,)](
         grad, extra, flat, weight.contiguous(), dx, dweight, len(flat), width, eps, grad.stride(0),
         0 if extra is None else extra.stride(0), flat.stride(0), ROWS=each, HAS_DSUMMED=extra is not None,
         **_pieces(width),

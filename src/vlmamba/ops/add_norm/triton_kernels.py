@@ -1,5 +1,5 @@
-"""The Triton kernels of sum and norm. `*_row` are strides of rows; a program of `forward_kernel` has one row, one of
-`backward_kernel` walks ROWS rows and keeps the weight's gradient in registers: the partial gradients are summed in a
+"""The Triton kernels of sum and norm. `*_row` are strides of rows; a program of `norm_forward_kernel` has one row, one of
+`norm_backward_kernel` walks ROWS rows and keeps the weight's gradient in registers: the partial gradients are summed in a
 second pass, so two runs agree bit for bit."""
 
 # mypy: ignore-errors
@@ -14,7 +14,7 @@ import triton.language as tl
 
 
 @triton.jit
-def forward_kernel(
+def norm_forward_kernel(
     x, delta, weight, normed, summed, width, eps, x_row, delta_row, BLOCK: tl.constexpr, HAS_DELTA: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -54,7 +54,7 @@ def _add_pairs(a, b, c, d):
 
 
 @triton.jit
-def backward_kernel(
+def norm_backward_kernel(
     dnormed, dsummed, summed, weight, dx, dweight, rows, width, eps, dn_row, ds_row, s_row, ROWS: tl.constexpr,
     PIECES: tl.constexpr, BLOCK: tl.constexpr, HAS_DSUMMED: tl.constexpr,
 ):  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from vlmamba.ops.causal_conv1d.triton_kernels import backward_kernel, forward_kernel
+from vlmamba.ops.causal_conv1d.triton_kernels import conv_backward_kernel, conv_forward_kernel
 from vlmamba.ops.selective_scan.triton import check, multiprocessors, row_major
 
 T = (8, 4)  # steps loaded together: of 2-byte numbers in the common case; where a step takes more registers
@@ -34,7 +34,7 @@ def conv_rows(
     final = torch.empty((batch, W - 1, dim) if return_final else (0,), dtype=x.dtype, device=x.device)
     if batch and dim:
         cut, blocks, chunk = _cut(dim, length, batch * K, x.device)
-        forward_kernel[(blocks, max(1, triton.cdiv(length, chunk)), batch * K)](
+        conv_forward_kernel[(blocks, max(1, triton.cdiv(length, chunk)), batch * K)](
             x, weight.contiguous(), bias, initial, seq_idx, y, final, length, dim, K, orders, *grid, chunk, x.stride(0),
             x.stride(1), W=W, T=T[x.dtype == torch.float32], SILU=activation == "silu", GRID=grid != (0, 0),
             HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None, HAS_SEQ=seq_idx is not None,
@@ -61,7 +61,7 @@ def conv_rows_backward(
     common = x.dtype != torch.float32 and W <= 4 and grid == (0, 0) and initial is None and dfinal is None
     # With 168 registers a thread three programs stand on a multiprocessor.
     group = {"T": T[0], "maxnreg": 168} if common else {"T": T[1]}
-    backward_kernel[(blocks, chunks, batch * K)](
+    conv_backward_kernel[(blocks, chunks, batch * K)](
         dy, dfinal, x, weight.contiguous(), bias, initial, seq_idx, dx, parts, dinitial, length, dim, K, orders, *grid,
         chunk, dy.stride(0), dy.stride(1), dy.stride(2), x.stride(0), x.stride(1), W=W, SILU=activation == "silu",
         GRID=grid != (0, 0), HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None, HAS_SEQ=seq_idx is not None,

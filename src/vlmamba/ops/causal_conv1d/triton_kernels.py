@@ -159,7 +159,7 @@ def _forward_steps(
 
 
 @triton.jit
-def forward_kernel(
+def conv_forward_kernel(
     x, weight, bias, initial, seq_idx, y, final, length, dim, rows_k, orders, height, width, chunk, x_b, x_l,
     W: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr, SILU: tl.constexpr, GRID: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_FINAL: tl.constexpr,
@@ -266,7 +266,7 @@ def _final_grad(marks, i: tl.constexpr, step, dfinal, dim, d, in_d, W: tl.conste
 
 
 @triton.jit
-def backward_kernel(
+def conv_backward_kernel(
     dy, dfinal, x, weight, bias, initial, seq_idx, dx, parts, dinitial, length, dim, rows_k, orders, height, width,
     chunk, dy_b, dy_k, dy_l, x_b, x_l,
     W: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr, SILU: tl.constexpr, GRID: tl.constexpr,

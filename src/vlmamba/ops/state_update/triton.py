@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from vlmamba.ops.selective_scan.triton import check, row_major
-from vlmamba.ops.state_update.triton_kernels import conv_kernel, scan_kernel
+from vlmamba.ops.state_update.triton_kernels import conv_update_kernel, state_update_kernel
 
 
 def forward(
@@ -32,7 +32,7 @@ def forward(
     z = z if z is None else row_major(z)
     BLOCK_D = 64
     if batch and dim:
-        scan_kernel[(triton.cdiv(dim, BLOCK_D), batch)](
+        state_update_kernel[(triton.cdiv(dim, BLOCK_D), batch)](
             state, x, dt, A.contiguous(), B, C, D, z, dt_bias, slots, y, dim, N,
             state.stride(0), x.stride(0), dt.stride(0), B.stride(0), C.stride(0), 0 if z is None else z.stride(0),
             BLOCK_D=BLOCK_D, BLOCK_N=triton.next_power_of_2(N), SOFTPLUS=dt_softplus, HAS_D=D is not None,
@@ -58,7 +58,7 @@ def conv_forward(
     x = row_major(x)
     BLOCK_D = 256
     if batch and dim:
-        conv_kernel[(triton.cdiv(dim, BLOCK_D), batch)](
+        conv_update_kernel[(triton.cdiv(dim, BLOCK_D), batch)](
             state, x, weight.contiguous(), bias, slots, y, dim, state.stride(0), state.stride(1), x.stride(0),
             W=weight.shape[1], BLOCK_D=BLOCK_D, SILU=activation == "silu", HAS_BIAS=bias is not None,
             HAS_SLOTS=slots is not None, num_warps=4,

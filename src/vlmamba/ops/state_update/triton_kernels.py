@@ -13,7 +13,7 @@ from vlmamba.ops.lanes import LOG2E, sigmoid, softplus
 
 
 @triton.jit
-def scan_kernel(
+def state_update_kernel(
     state, x, dt, A, B, C, D, z, dt_bias, slots, y,
     dim, states, state_s, x_b, dt_b, B_b, C_b, z_b,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
@@ -49,7 +49,7 @@ def scan_kernel(
 
 
 @triton.jit
-def conv_kernel(
+def conv_update_kernel(
     state, x, weight, bias, slots, y, dim, state_s, state_w, x_b,
     W: tl.constexpr, BLOCK_D: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SLOTS: tl.constexpr,
 ):  # fmt: skip
