@@ -1,6 +1,6 @@
-"""The Triton kernels of sum and norm. `*_row` are strides of rows; a program of `norm_forward_kernel` has one row, one of
-`norm_backward_kernel` walks ROWS rows and keeps the weight's gradient in registers: the partial gradients are summed in a
-second pass, so two runs agree bit for bit."""
+"""The Triton kernels of sum and norm. `*_row` are strides of rows; a program of `norm_forward_kernel` has one row, one
+of `norm_backward_kernel` walks ROWS rows and keeps the weight's gradient in registers: the partial gradients are summed
+in a second pass, so two runs agree bit for bit."""
 
 # mypy: ignore-errors
 # ruff: noqa: RUF005
