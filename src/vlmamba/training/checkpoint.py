@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
@@ -77,7 +78,7 @@ class Checkpoints:
         # One process alone is no mistake of ours.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         self._writing: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._newest: Path | None = None
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
@@ -114,7 +115,7 @@ class Checkpoints:
         if self._error is not None:
             error, self._error = self._error, None
             raise CheckpointError(
-                f"{self._newest} could not be written ({error}); earlier checkpoints are untouched"
+                f"{self._newest} could not be written ({_reason(error)}); earlier checkpoints are untouched"
             ) from error
 
     def settle(self) -> None:
@@ -161,7 +162,7 @@ class Checkpoints:
             _point(self.folder, final.name)
             for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
                 shutil.rmtree(old)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
             shutil.rmtree(scratch, ignore_errors=True)
             self._error = error
 
@@ -182,6 +183,17 @@ class _Reader(dcp.FileSystemReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in a line: of DCP's report the first process's error, and of that the system's own word on it,
+    which torch.save covers with a complaint about its archive."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    return " ".join(str(found or error).split())
 
 
 def _threads(tensors: dict[str, Tensor]) -> int:

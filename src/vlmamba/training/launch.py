@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import transformers
 import yaml
+from safetensors import SafetensorError
 from torch import nn
 
 import vlmamba
@@ -207,8 +208,11 @@ def _finish(model: Any, processor: VLMambaProcessor, config: RunConfig, trainer:
             trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
             save_adapters(state, trained, config.lora, config.model.path, folder / ADAPTER_FOLDER)
             state = merged(state, config.lora)
-        with build.quiet():
-            build.save(model, processor, scratch, state)
+        try:
+            with build.quiet():
+                build.save(model, processor, scratch, state)
+        except SafetensorError as error:
+            raise OSError(f"{scratch}: the model could not be written ({error}); its checkpoint is untouched") from None
         write_card(scratch, model, config, trainer.progress.seconds, lines[-1]["loss"] if lines else None)
         os.replace(scratch, result)
     trainer.world.sum([0])  # the others wait until it is there
