@@ -110,6 +110,22 @@ def test_llava_s_mix_says_where_its_parts_are(tmp_path: Path, capsys) -> None:
     assert stored["kinds"]["with one image"] == 12
 
 
+def test_pretraining_pictures_are_one_download(tmp_path: Path, capsys) -> None:
+    """However many numbered folders they lie in."""
+    names = [f"{folder:05d}/{folder:05d}{number}.jpg" for folder in (0, 1, 453) for number in (1, 2)]
+    for name in [names[0], "00000/surplus.jpg"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(encoded("JPEG"))
+    file = tmp_path / "blip_laion_cc_sbu_558k.json"
+    file.write_text(json.dumps([{"image": n, "conversations": talk("What?\n<image>", "This")} for n in names]))
+    assert main(["data", "check", str(file), "--images", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "pictures/: 1 of 6 pictures" in said
+    assert "1  surplus" in said
+    assert said.count("LLaVA-Pretrain/resolve/main/images.zip") == 1
+    assert "to download: 27.4 GB; room for 55 GB" in said
+
+
 def test_pretraining_pictures_have_one_place() -> None:
     place = place_of("00453", "blip_laion_cc_sbu_558k.json")
     assert place is not None

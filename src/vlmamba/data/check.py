@@ -204,7 +204,7 @@ def _check_pictures(folder: Path, users: dict[str, list[int]], report: Report, w
     look = partial(_look_at_pictures, folder, decode)
     for found in in_parallel(look, _chunks(list(users)), "pictures", workers):
         for picture in found:
-            part = parts[folder_of(picture.path)]
+            part = parts[folder_of(picture.path, Path(report.file).name)]
             part.referenced += 1
             part.found += not picture.problem
             part.bytes += picture.bytes
@@ -264,14 +264,14 @@ def _suffixes_of(kind: str) -> tuple[str, ...]:
 
 def _count_surplus(folder: Path, users: dict[str, list[int]], report: Report) -> None:
     """Pictures in the folders of the data set that no sample asks for."""
-    known = {os.path.splitext(path)[0] for path in users}
+    known, file = {os.path.splitext(path)[0] for path in users}, Path(report.file).name
     for folder_name, part in report.parts.items():
         below = folder / folder_name
         for place, _, files in os.walk(below) if below.is_dir() else ():
             for name in files:
                 path = os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/")
                 stem, suffix = os.path.splitext(path)
-                if suffix in SUFFIXES and stem not in known and folder_of(path) == folder_name:
+                if suffix in SUFFIXES and stem not in known and folder_of(path, file) == folder_name:
                     part.surplus += 1
                     part.surplus_bytes += os.path.getsize(os.path.join(place, name))
 

@@ -100,8 +100,11 @@ JSON_FILES = {
 }
 
 
-def folder_of(path: str) -> str:
-    """The part that a picture belongs to: a known folder, else the first of its path."""
+def folder_of(path: str, file: str) -> str:
+    """The part that a picture of `file` belongs to: a known folder, else the first of its path. The pictures of
+    LCS-558K, in hundreds of numbered folders, are one."""
+    if _is_pretrain(file):
+        return PRETRAIN_558K.folder
     for place in MIX_665K:
         if path.startswith(place.folder + "/"):
             return place.folder
@@ -111,6 +114,10 @@ def folder_of(path: str) -> str:
 
 def place_of(folder: str, file: str) -> Place | None:
     """Where a part can be had, if it is one of LLaVA's."""
-    if file.startswith("blip_laion_cc_sbu_558k"):
+    if _is_pretrain(file):
         return PRETRAIN_558K
     return next((place for place in MIX_665K if place.folder == folder), None)
+
+
+def _is_pretrain(file: str) -> bool:
+    return PurePosixPath(file).name.startswith("blip_laion_cc_sbu_558k")
