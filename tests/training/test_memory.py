@@ -20,6 +20,7 @@ from vlmamba import ops
 from vlmamba.training import launch
 from vlmamba.training.config import RunConfig, from_mapping
 from vlmamba.training.estimate import _Memory
+from vlmamba.training.lora import add_adapters
 from vlmamba.training.optimizer import freeze, parameter_groups
 from vlmamba.training.outline import outline
 
@@ -60,10 +61,9 @@ def as_on_a_gpu(monkeypatch):
 
 def traced(config: RunConfig, rows: int, length: int, images: int) -> int:
     """Bytes at the peak of a step of two micro-batches."""
-    model = outline(config.model)
+    model = outline_frozen(config)
     with FakeTensorMode(allow_non_fake_inputs=True), ops.use_implementation("triton"):
         model.to_empty(device="cpu").tie_weights()
-        freeze(model, config.stage)
         launch.prepare(model, config)
         optimizer = torch.optim.AdamW(parameter_groups(model, config.stage))
         learning = [p for group in optimizer.param_groups for p in group["params"]]
@@ -87,16 +87,18 @@ BOTH = {"connector": {"lr": 2e-5}, "language": {"lr": 2e-5}}
 
 
 @pytest.mark.parametrize(
-    ("stage", "language", "checkpointed", "rows"),
+    ("stage", "language", "checkpointed", "rows", "lora"),
     [
-        ({"connector": {"lr": 1e-3}}, "state-spaces/mamba-2.8b-slimpj", False, 2),
-        (BOTH, "state-spaces/mamba-2.8b-slimpj", False, 2),
-        (BOTH, "state-spaces/mamba-2.8b-slimpj", 0.25, 2),
-        (BOTH, "state-spaces/mamba-2.8b-slimpj", True, 1),
-        (BOTH, "state-spaces/mamba-130m", False, 4),
+        ({"connector": {"lr": 1e-3}}, "state-spaces/mamba-2.8b-slimpj", False, 2, None),
+        (BOTH, "state-spaces/mamba-2.8b-slimpj", False, 2, None),
+        (BOTH, "state-spaces/mamba-2.8b-slimpj", 0.25, 2, None),
+        (BOTH, "state-spaces/mamba-2.8b-slimpj", True, 1, None),
+        (BOTH, "state-spaces/mamba-130m", False, 4, None),
+        (BOTH, "state-spaces/mamba-2.8b-slimpj", True, 1, {"rank": 16}),
+        (BOTH, "state-spaces/mamba-130m", False, 4, {"rank": 16}),
     ],
 )
-def test_within_a_tenth_of_a_full_size_step(as_on_a_gpu, stage, language, checkpointed, rows) -> None:
+def test_within_a_tenth_of_a_full_size_step(as_on_a_gpu, stage, language, checkpointed, rows, lora) -> None:
     config = from_mapping(
         RunConfig,
         {
@@ -104,6 +106,7 @@ def test_within_a_tenth_of_a_full_size_step(as_on_a_gpu, stage, language, checkp
             "model": {"vision": "google/siglip-so400m-patch14-384", "language": language},
             "data": [{"llava": {"file": "none.json"}}],
             "stage": stage,
+            "lora": lora,
             "optim": {
                 "global_batch": 32, "micro_batch": 16, "pack": True, "pack_into": 8192,
                 "checkpoint_activations": checkpointed,
@@ -117,5 +120,7 @@ def test_within_a_tenth_of_a_full_size_step(as_on_a_gpu, stage, language, checkp
 
 def outline_frozen(config: RunConfig) -> Any:
     model = outline(config.model)
-    freeze(model, config.stage)
+    if config.lora is not None:
+        add_adapters(model, config.lora)
+    freeze(model, config.stage, config.lora.parts if config.lora is not None else ())
     return model

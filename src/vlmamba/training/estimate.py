@@ -211,13 +211,15 @@ class _Memory:
         """bf16 copies of weights that autocast holds during the forward pass; FSDP gathers bf16 weights instead."""
         if not self.narrow:
             return 0.0
-        blocks = [n for name, (n, _, dims) in self.sizes.items() if dims == 2 and part_of(name) == "language"]
+        blocks = [
+            (n, learns) for name, (n, learns, dims) in self.sizes.items() if dims == 2 and part_of(name) == "language"
+        ]
         if self.shards > 1 and self.text is not None:
             rest = sum(n for name, (n, _, _) in self.sizes.items() if ".layers." not in name)
-            return 2.0 * (rest + 2 * sum(blocks) / max(1, self.text.num_hidden_layers))
+            return 2.0 * (rest + 2 * sum(n for n, _ in blocks) / max(1, self.text.num_hidden_layers))
         # Frozen weights are not cached by autocast, but kept by every layer whose backward pass needs them.
         again = float(self.config.optim.checkpoint_activations)
-        return 2.0 * sum(blocks) * (1.0 if "language" in self.learns else 1 - again)
+        return 2.0 * sum(n * (1.0 if learns else 1 - again) for n, learns in blocks)
 
     def _loss(self, tokens: int) -> float:
         share = 1.0 if self.config.stage.template == "plain" else 0.6
