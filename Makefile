@@ -39,7 +39,7 @@ $(VENV)/demo.done: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/dev.done: $(VENV)/demo.done
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev,train,lora,eval]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev,train,lora,parquet,eval]"
 	touch $@
 
 .PHONY: demo test test-newest test-lmms test-gpu lint bench
