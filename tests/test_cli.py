@@ -167,6 +167,12 @@ def test_nano_that_is_not_installed_says_so(monkeypatch, tmp_path):
         loading.find_model("nano")
 
 
+def test_a_run_s_folder_stands_for_its_model(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text('{"model_type": "vlmamba"}')
+    assert loading.find_model(str(tmp_path)) == loading.find_model(str(tmp_path / "model")) == tmp_path / "model"
+
+
 # ---------------------------------------------------------------------- conversation
 
 

@@ -65,7 +65,8 @@ def load(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
 
 
 def find_model(name: str) -> Path:
-    """The folder of a model: the shipped one for `nano`, the folder itself, or the downloaded Hub repository."""
+    """The folder of a model: the shipped one for `nano`, the folder itself (of a training run: the model in it), or the
+    downloaded Hub repository."""
     if name == "nano":
         if not (NANO / "config.json").is_file():
             raise ValueError(f"the nano model is not in this installation ({NANO}); reinstall, or give --model FOLDER")
@@ -73,6 +74,8 @@ def find_model(name: str) -> Path:
     from vlmamba.models.weights import fetch, read_config
 
     folder = fetch(name)
+    if (folder / "model/config.json").is_file() and not (folder / "config.json").is_file():
+        folder = folder / "model"
     kind = read_config(folder).get("model_type")
     if kind != "vlmamba":
         raise ValueError(
