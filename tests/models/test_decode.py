@@ -116,6 +116,30 @@ def test_token_loop_is_greedy_and_stops(model):
         assert_close(begun.gather(torch.tensor([b])).ssm[1], own.ssm[1], rtol=1e-4, atol=1e-5)
 
 
+def test_a_row_that_ends_at_once_keeps_the_others_in_the_loop(model, monkeypatch):
+    """A first token that is an end: the other rows go on as if alone in the token loop; its own state stays."""
+    ids = tokens(3, 5)
+    monkeypatch.setattr(decode, "decoder_of", lambda _: None)
+    alone = torch.cat(list(generate_tokens(model, ids, max_new_tokens=6)), 1)
+    end = int(alone[0, 0])
+    assert end not in alone[1:, 0]
+
+    decoder, calls = reference_decoder(model), []
+    loop = decoder.tokens
+    monkeypatch.setattr(decode, "decoder_of", lambda _: decoder)
+    monkeypatch.setattr(decoder, "tokens", lambda *given, **options: calls.append(1) or loop(*given, **options))
+    state, before = MambaState.empty(3), MambaState.empty(3)
+    plain(model, ids, before)
+    drawn = torch.cat(list(generate_tokens(model, ids, max_new_tokens=6, state=state, stops=[end])), 1)
+    assert calls == [1]
+    for row, own in zip(drawn[1:].tolist(), alone[1:].tolist()):
+        until = own.index(end) + 1 if end in own else len(row)
+        assert row[:until] == own[:until]
+    assert_close(state.ssm[1][0], before.ssm[1][0], rtol=1e-4, atol=1e-5)
+    calls.clear()
+    assert len(list(generate_tokens(model, ids[:1], max_new_tokens=6, stops=[end]))) == 1
+
+
 def test_generate_tokens_without_the_fused_step(model):
     """On a CPU the loop goes through `forward`, and its tokens are those of `generate`."""
     ids = tokens(2, 5)

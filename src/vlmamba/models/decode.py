@@ -287,11 +287,12 @@ class Decoder:
     @torch.no_grad()
     def tokens(
         self, tokens: Tensor, state: MambaState, count: int, *, stops: Sequence[int] = (), temperature: float = 0.0,
-        seed: int = 0, limits: tuple[int, int] | None = None, every: int = 16,
+        seed: int = 0, limits: tuple[int, int] | None = None, every: int = 16, ended: Tensor | None = None,
     ) -> Iterator[Tensor]:  # fmt: skip
         """Reads `tokens` (B,) and yields what follows, in blocks (B, n <= every) on the CPU, `count` in all or until
         every row has drawn one of `stops`. A row that has ended yields its end once, then anything; its state has read
-        all but the end itself. limits: how many tokens of the vocabulary exist, and one never drawn (-1: none)."""
+        all but the end itself. limits: how many tokens of the vocabulary exist, and one never drawn (-1: none).
+        ended: (B,) bool on the CPU, the rows whose token is an end already; their states stay as they are."""
         lane, batch = self.lane(len(tokens)), len(tokens)
         if len(stops) > len(lane.step.buffers.stops):
             raise ValueError(f"{len(stops)} stop tokens; at most {len(lane.step.buffers.stops)} can be watched for")
@@ -303,7 +304,8 @@ class Decoder:
         buffers.stops.fill_(-1)[: len(stops)] = torch.tensor(list(stops), dtype=torch.int64)
         buffers.limits.copy_(torch.tensor(limits or (buffers.logits.shape[1], -1)))
         buffers.count.zero_()
-        done, ended = 0, torch.zeros(batch, dtype=torch.bool)
+        done, ended = 0, torch.zeros(batch, dtype=torch.bool) if ended is None else ended.clone()
+        buffers.slots[:batch].masked_fill_(ended.to(buffers.slots.device), lane.step.spare)
         ends, capacity = torch.tensor(list(stops), dtype=torch.int64), buffers.history.shape[1]
         try:
             while done < count and not bool(ended.all()):
@@ -426,8 +428,8 @@ def generate_tokens(
 
     Args:
         model: a causal LM of ours, or a VL-Mamba (then `pixel_values` as in its `forward`), in eval mode.
-        state: to continue from; it is moved on, and has read everything but the last token of each row (of a row that
-            ended: but its end).
+        state: to continue from; it is moved on, and has read everything but the last token of each row. What it has
+            read of a row that ended is open.
         stops: a row that draws one of these has ended; what its row holds after that is to be ignored. Generation ends
             when every row has.
         temperature: 0 takes the likeliest token. every: how many tokens are drawn between two looks at them.
@@ -451,10 +453,10 @@ def generate_tokens(
     ended = torch.isin(token.cpu(), ends)
     yield token.cpu()[:, None]
     left = max_new_tokens - 1
-    decoder = decoder_of(language) if token.is_cuda else None
-    if isinstance(decoder, Decoder) and not bool(ended.any()):
+    decoder = decoder_of(language)
+    if isinstance(decoder, Decoder):
         yield from decoder.tokens(
-            token, state, left, stops=stops, temperature=temperature, seed=seed, limits=limits, every=every
+            token, state, left, stops=stops, temperature=temperature, seed=seed, limits=limits, every=every, ended=ended
         )
         return
     while left > 0 and not bool(ended.all()):
