@@ -192,6 +192,20 @@ def test_generation_goes_on_from_a_returned_state():
 
 
 @torch.no_grad()
+def test_compiled_forward_is_the_same():
+    model, ids, image = tiny(), prompt("image", 8, 9), pixels(1)
+    compiled = torch.compile(model, backend="eager")
+    assert_close(compiled(ids, image).logits, model(ids, image).logits)
+
+
+def test_placeholders_among_the_labels_have_no_loss():
+    """`labels=input_ids`, as it is common in transformers."""
+    model, ids = tiny(), prompt("image", 8, 9)
+    labels = ids.masked_fill(ids == IMAGE, -100)
+    assert_close(model(ids, pixels(1), labels=ids).loss, model(ids, pixels(1), labels=labels).loss)
+
+
+@torch.no_grad()
 def test_generation_without_a_cache_is_the_same():
     model = tiny()
     ids, image = prompt("image", 8, 9), pixels(1)

@@ -150,6 +150,7 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, RecurrentGeneratio
         Args:
             input_ids: (B, L); every image stands as P copies of `config.image_token_id`.
             pixel_values: (I, 3, H, W), the images of the whole batch in reading order.
+            labels: as there; `input_ids` may be given, as placeholders have no loss.
             num_labels: how many positions have a label to predict, from a caller who has looked at the batch before it
                 went to the device, and seen that its images fit: nothing is then waited for.
         """
@@ -169,6 +170,8 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, RecurrentGeneratio
             raise ValueError("give images either as pixel_values with input_ids, or inside inputs_embeds")
         else:
             input_ids = None
+        if labels is not None and num_labels is None:
+            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
         output = self.language_model(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -217,7 +220,7 @@ def can_wait(input_ids: Tensor) -> bool:
     return input_ids.is_cuda and not torch.is_grad_enabled()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch.compile asks for a hash before there are fields to hash
 class Check:
     """Whether text and images fit: placeholders, a number on the device; images and tokens of each, None without."""
 
