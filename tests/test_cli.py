@@ -273,7 +273,7 @@ def test_text_streams_whole_characters(tokenizer):
 
 
 def test_chat_commands(capsys, monkeypatch, tiny_model, picture):
-    lines = f"hi\n/image {picture}\nwhat?\n/image /no/such.png\n/dance\n\n/reset\nhi\n/quit\nnever read\n"
+    lines = f"hi\n/image {picture}\nwhat?\n/image /no/such.png\n/image\n/dance\n\n/reset\nhi\n/quit\nnever read\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     code, out, err = run(capsys, "chat", "--model", str(tiny_model), "--device", "cpu", "--max-new-tokens", "2")
     assert code == 0
@@ -282,6 +282,10 @@ def test_chat_commands(capsys, monkeypatch, tiny_model, picture):
     assert answers[0] == answers[2]
     assert "no such image: /no/such.png" in err
     assert "unknown command /dance" in err
+    assert "unknown command /image. " in err
+    monkeypatch.setattr(sys, "stdin", None)
+    code, _, err = run(capsys, "chat", "--model", str(tiny_model))
+    assert (code, "standard input, which is closed" in err) == (2, True)
 
 
 # ---------------------------------------------------------------------- info and verify

@@ -28,6 +28,8 @@ def ask(
 
 def chat(image: str | None, model: str, device: str, dtype: str, max_new_tokens: int, temperature: float) -> None:
     """Talks until /quit or the end of the input."""
+    if sys.stdin is None:
+        raise ValueError("chat reads its questions from standard input, which is closed")
     pictures = [] if image is None else [read_image(image)]
     conversation = _begin(model, device, dtype, max_new_tokens, temperature)
     interactive = sys.stdin.isatty()
@@ -41,10 +43,10 @@ def chat(image: str | None, model: str, device: str, dtype: str, max_new_tokens:
             elif command == "/reset":
                 conversation.reset()
                 pictures = []
-            elif command == "/image":
+            elif command == "/image" and argument.strip():
                 pictures.append(read_image(Path(argument.strip()).expanduser()))
             elif command.startswith("/"):
-                print(f"unknown command {command}. {_HELP}", file=sys.stderr)
+                print(f"unknown command {line.strip()}. {_HELP}", file=sys.stderr)
             elif line.strip():
                 _stream(conversation.ask(line, pictures))
                 pictures = []

@@ -122,7 +122,7 @@ def _open(source: ImageSource, name: str) -> Image.Image:
         known = [format for format in _FORMATS if format in Image.OPEN]  # builds of Pillow differ in what they read
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=known)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is too large to be read safely: {error}. Scale it down first") from error
+        raise ValueError(f"{name} is too large to be read safely: {str(error).split(',')[0]}. Scale it down") from error
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{name} is not an image that can be read (JPEG, PNG, GIF, WebP, BMP, TIFF, ...)") from error
     except FileNotFoundError as error:

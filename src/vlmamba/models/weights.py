@@ -88,10 +88,9 @@ def language_config(raw: Mapping[str, Any], where: str) -> tuple[MambaConfig, in
 
 def fetch(source: str | Path) -> Path:
     """The local folder of a checkpoint: `source` itself, or a download of the Hub repository of that name."""
-    folder = Path(source)
-    if folder.is_dir():
+    folder, text = Path(source), str(source)
+    if text and folder.is_dir():
         return folder
-    text = str(source)
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise ValueError(f"{text!r} is neither a folder here nor a Hub id of the form owner/name")
     from huggingface_hub import snapshot_download
