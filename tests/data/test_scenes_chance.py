@@ -30,7 +30,7 @@ def test_where_nothing_can_be_drawn() -> None:
     rng = Chance(0)
     with pytest.raises(IndexError):
         rng.choice(())
-    with pytest.raises(ValueError, match="[Ss]ample"):
+    with pytest.raises(ValueError, match=r"[Ss]ample"):
         rng.sample([1, 2], 3)
     with pytest.raises(ValueError, match="from 3 to 2"):
         rng.randint(3, 2)
