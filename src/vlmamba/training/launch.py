@@ -31,6 +31,7 @@ from torch import nn
 import vlmamba
 from vlmamba.data.encoding import Encoder
 from vlmamba.data.loading import Feed, open_feed
+from vlmamba.data.packing import PackedOrder
 from vlmamba.models.processor import VLMambaProcessor
 from vlmamba.training import build
 from vlmamba.training.card import write_card
@@ -188,10 +189,9 @@ def summary(model: nn.Module, config: RunConfig, trainer: Trainer, device: torch
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     size = trainer.world.size
     several = f"{size} processes ({config.parallel}), each " if size > 1 else ""
-    yield (
-        f"{trainer.total_steps} steps{budget} of {optim.global_batch} samples "
-        f"(micro-batches of {optim.micro_batch}) on {several}{name}, {config.workers} loader workers"
-    )
+    planned = isinstance(trainer.feed.order, PackedOrder)  # whose samples a step stand in the line above
+    batch = "" if planned else f" of {optim.global_batch} samples (micro-batches of {optim.micro_batch})"
+    yield f"{trainer.total_steps} steps{budget}{batch} on {several}{name}, {config.workers} loader workers"
 
 
 def _finish(model: Any, processor: VLMambaProcessor, config: RunConfig, trainer: Trainer, result: Path) -> None:
