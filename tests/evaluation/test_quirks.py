@@ -38,6 +38,7 @@ from vlmamba.evaluation.tasks.textvqa import question_of
         ("dont", "don't", "don't"),
         ("couldntve", "couldntve", "couldntve"),  # lacks two apostrophes
         ("couldn'tve", "couldn't've", "couldn't've"),
+        ("youd've", "you'd've", "you'd've"),
         ("lets", "lets", "lets"),  # let's maps to itself only
         ("somebody'd", "somebodyd", "somebodyd"),  # the wrong way round
         ("mother's", "mother's", "mother 's"),  # M4C parts 's, which then can never match the other

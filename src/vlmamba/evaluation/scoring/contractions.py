@@ -11,7 +11,7 @@ somebody'll somebody's someone'd someone'll someone's something'd something'll t
 they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd
 who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
 couldn't've hadn't've he'd've I'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've
-something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll y'all'd've 'ow's'at
+something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll y'all'd've you'd've 'ow's'at
 """
 
 
