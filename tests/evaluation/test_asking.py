@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from official import WRITERS, golden, put_mme, put_scienceqa, put_textvqa
+from official import WRITERS, golden, put_json, put_mme, put_scienceqa, put_textvqa
+from PIL import Image
 from rich.console import Console
 
-from vlmamba.evaluation import Options, Request, Shard, check, evaluate, report, score, table
+from vlmamba.evaluation import Options, OwnData, Request, Shard, check, evaluate, report, score, table
 from vlmamba.evaluation.results import load, weights_hash
 from vlmamba.evaluation.runner import batches_of, read_answers
 from vlmamba.evaluation.task import Example
@@ -261,3 +262,22 @@ def test_weights_hash(tmp_path: Path) -> None:
     first = weights_hash(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"two")
     assert weights_hash(tmp_path) != first
+
+
+def test_page_of_own_data_finds_its_pictures(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "pictures" / "a.png")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "yes"}]
+    data = put_json(tmp_path / "q" / "own.json", [{"id": 1, "image": "a.png", "conversations": turns}])
+    evaluate(Parrot(), [OwnData("exact", tmp_path / "pictures")], data, tmp_path / "out")
+    html = report(tmp_path / "out", tmp_path / "page.html").read_text()
+    assert html.count('src="data:image/jpeg;base64,') == 1
+
+
+def test_what_is_not_judged_is_not_compared(tmp_path: Path) -> None:
+    data = WRITERS["mmvet"](tmp_path / "data")
+    for name in ("one", "two"):
+        evaluate(Parrot(weights=name), ["mmvet"], data, tmp_path / name)
+    html = report(tmp_path / "one", tmp_path / "page.html", compare=tmp_path / "two").read_text()
+    assert "McNemar" not in html
+    assert "not judged" in html

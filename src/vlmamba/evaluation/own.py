@@ -107,6 +107,9 @@ class OwnData(Task):
         self._metric: Metric = metric
         self._images = images
 
+    def image_folder(self) -> Path | None:
+        return self._images
+
     def annotations(self, folder: Path) -> list[str]:
         return [] if folder.is_file() else [f"there is no file {folder}"]
 

@@ -117,6 +117,8 @@ def _compared(
     pairs = [(row, second[row["id"]]) for row in rows if row["id"] in second]
     if other["data"]["questions"] != section.result["data"]["questions"] and not pairs:
         raise ValueError(f"both runs answered {section.result['title']}, but no question occurs in both")
+    if not pairs:
+        return section  # not judged, here or there: nothing to compare
     test = mcnemar([a["score"] for a, _ in pairs], [b["score"] for _, b in pairs])
     apart = [(a, b) for a, b in pairs if (a["score"] >= 0.5) != (b["score"] >= 0.5)]
     cards = [_card(a, pictures, (b["text"] or "", b["score"])) for a, b in apart[: 2 * sample]]
@@ -147,7 +149,9 @@ class _Pictures:
     """Pictures and prompts of a result's data set, where its folder is still there."""
 
     def __init__(self, result: Mapping[str, Any]) -> None:
-        task: Task = OwnData() if result["task"] == "own" else TASKS[result["task"]]
+        images = result["data"].get("images")
+        own = OwnData(images=None if images is None else Path(images))
+        task: Task = own if result["task"] == "own" else TASKS[result["task"]]
         try:
             examples = task.examples(Path(result["data"]["folder"]), task.scoring_variant)
         except ValueError:

@@ -43,7 +43,7 @@ def build(
     task: Task, joined: Joined, score: Score, options: Options, folder: Path, run: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A result: run (model, weights, decoding, variant, or the file that was scored), numbers, and every answer."""
-    answers = joined.last
+    answers, images = joined.last, task.image_folder()
     rows = []
     for example in joined.examples:
         prediction, outcome = answers.get(example.id), score.outcomes.get(example.id)
@@ -76,7 +76,11 @@ def build(
             "few_shot": None if options.few_shot is None else fingerprint(iter([options.few_shot])),
             "judge_runs": options.runs,
         },
-        "data": {"folder": str(folder), "questions": fingerprint(f"{e.id}\0{e.target}" for e in joined.examples)},
+        "data": {
+            "folder": str(folder),
+            "images": str(images) if images is not None else None,
+            "questions": fingerprint(f"{e.id}\0{e.target}" for e in joined.examples),
+        },
         "software": f"vlmamba {_software()}",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "coverage": joined.coverage(),

@@ -178,6 +178,10 @@ class Task(ABC):
         """Write what the benchmark's server or judge takes into the folder `out`; None where there is no such thing."""
         return None
 
+    def image_folder(self) -> Path | None:
+        """Where pictures are, when not beside the questions: a report looks there."""
+        return None
+
     def checked_variant(self, variant: str | None) -> str:
         variant = variant or self.variants[0]
         if variant not in self.variants:
