@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from official import WRITERS, golden, llava_answers, put_gqa, put_json, put_lines, put_pope
 
-from vlmamba.evaluation.api import score
+from vlmamba.evaluation.api import check, score
 from vlmamba.evaluation.task import Options
 from vlmamba.evaluation.tasks import TASKS
 
@@ -298,3 +298,67 @@ def test_vqav2_folder_with_both_sets(tmp_path: Path) -> None:
     assert len(TASKS["vqav2"].examples(data, "llava")) == 400
     (example,) = TASKS["vqav2"].examples(data, "llava-test-dev")
     assert str(example.image).endswith("COCO_test2015_000000000006.jpg")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "place"),
+    [
+        ("vqav2", "v2_mscoco_val2014_annotations.json", ("annotations", 3, "answers", 0)),
+        ("vqav2", "v2_mscoco_val2014_annotations.json", ("annotations", 3, "question_type")),
+        ("vqav2", "v2_OpenEnded_mscoco_val2014_questions.json", ("questions", 3, "image_id")),
+        ("gqa", "testdev_balanced_questions.json", ("20000003", "question")),
+        ("scienceqa", "problems.json", ("6", "choices")),
+        ("scienceqa", "pid_splits.json", ("test",)),
+        ("textvqa", "TextVQA_0.5.1_val.json", ("data", 3, "question")),
+        ("mmvet", "mm-vet.json", ("v1_3", "imagename")),
+    ],
+)
+@pytest.mark.parametrize("value", [{}, None])
+def test_an_annotation_of_another_kind_is_the_file_s_fault(
+    name: str, file: str, place: tuple[Any, ...], value: Any, tmp_path: Path
+) -> None:
+    data = WRITERS[name](tmp_path / "data")
+    content = part = json.loads((data / file).read_text())
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    put_json(data / file, content)
+    answers = put_lines(tmp_path / "answers.jsonl", llava_answers(name))
+    with pytest.raises(ValueError, match=str(data)):
+        score(name, data, answers, out=tmp_path / "result.json", submissions=tmp_path / "submissions")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "data"]
+    assert not next(iter(check(data, [name]))).ready
+
+
+@pytest.mark.parametrize(("field", "value"), [("prompt", 5), ("question_id", [1]), ("text", ["yes"])])
+@pytest.mark.parametrize("name", sorted(WRITERS))
+def test_a_prediction_of_another_kind_is_named(name: str, field: str, value: Any, tmp_path: Path) -> None:
+    lines = llava_answers(name)
+    lines[2] = {**lines[2], field: value}
+    with pytest.raises(ValueError, match=r"answers.jsonl, entry 3: .* must be a text"):
+        scored(name, tmp_path, put_lines(tmp_path / "answers.jsonl", lines))
+
+
+def test_a_text_that_is_no_utf_8_is_named(tmp_path: Path) -> None:
+    data = WRITERS["mme"](tmp_path / "data")
+    next(data.rglob("0001.txt")).write_bytes(b"Is it caf\xe9?\tYes\n")
+    with pytest.raises(ValueError, match=r"0001\.txt cannot be read"):
+        score("mme", data, put_lines(tmp_path / "a.jsonl", llava_answers("mme")))
+
+
+def test_mme_file_keeps_every_blank(tmp_path: Path) -> None:
+    lines = llava_answers("mme")
+    lines[0] = {**lines[0], "text": "\n\n\n\nyes"}  # beyond the fourth character: neither yes nor no
+    first = scored("mme", tmp_path, put_lines(tmp_path / "a.jsonl", lines))
+    score("mme", tmp_path / "data", tmp_path / "a.jsonl", submissions=tmp_path / "out")
+    assert scored("mme", tmp_path, tmp_path / "out" / "mme_results")["metrics"] == first["metrics"]
+
+
+def test_half_a_character_is_written_and_read_back(tmp_path: Path) -> None:
+    data = WRITERS["gqa"](tmp_path / "data")
+    lines = llava_answers("gqa")
+    lines[0] = {**lines[0], "text": "\ud83d"}  # half a surrogate pair: JSON can hold it, UTF-8 cannot
+    file = put_lines(tmp_path / "answers.jsonl", lines)
+    first = score("gqa", data, file, out=tmp_path / "result.json", submissions=tmp_path / "out")
+    assert score("gqa", data, tmp_path / "result.json")["metrics"] == first["metrics"]
+    assert score("gqa", data, tmp_path / "out" / "gqa_predictions.json")["metrics"] == first["metrics"]

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from vlmamba.evaluation import results, runner
-from vlmamba.evaluation.files import dump_json, write_atomically
+from vlmamba.evaluation.files import dump_json, naming, write_atomically
 from vlmamba.evaluation.predictions import join, read_predictions
-from vlmamba.evaluation.task import Joined, Options, Prediction, Task
+from vlmamba.evaluation.task import Example, Joined, Options, Prediction, Task
 from vlmamba.evaluation.tasks import TASKS, get_task
 
 Say = Callable[[str], None]
@@ -27,6 +27,11 @@ def folder_of(task: Task, data: Path) -> Path:
         if place.is_dir() and not task.annotations(place):
             return place
     return next((place for place in places[:-1] if place.is_dir()), data)
+
+
+def _examples(task: Task, folder: Path, variant: str) -> list[Example]:
+    with naming(f"{task.title}'s annotations", folder):
+        return task.examples(folder, variant)
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def _check(task: Task, data: Path) -> Check:
     if missing:
         return Check(task.name, folder, missing, 0, 0, [], task.source)
     try:
-        examples = task.examples(folder, task.variants[0])
+        examples = _examples(task, folder, task.variants[0])
     except ValueError as error:
         return Check(task.name, folder, [str(error)], 0, 0, [], task.source)
     paths = dict.fromkeys(example.image for example in examples if example.image is not None)
@@ -91,7 +96,7 @@ def score(
     task = get_task(task) if isinstance(task, str) else task
     options = options or Options()
     folder = folder_of(task, Path(data))
-    examples = task.examples(folder, task.scoring_variant)
+    examples = _examples(task, folder, task.scoring_variant)
     joined = join(task, examples, read_predictions(task, Path(predictions)), str(predictions))
     result = _scored(task, joined, folder, options, {"predictions": str(predictions)}, say)
     if submissions is not None:
@@ -131,7 +136,7 @@ def evaluate(
         task = get_task(entry) if isinstance(entry, str) else entry
         variant = task.checked_variant((variants or {}).get(task.name))
         folder = folder_of(task, Path(data))
-        prepared.append((task, variant, folder, task.examples(folder, variant)[:limit]))
+        prepared.append((task, variant, folder, _examples(task, folder, variant)[:limit]))
     finished = []
     for task, variant, folder, examples in prepared:
         place = Path(out) / task.name

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,26 @@ def find(folder: Path, *patterns: str) -> Path | None:
         for path in sorted(folder.glob(pattern)):
             return path
     return None
+
+
+def load_text(path: Path) -> str:
+    """A text file; ValueError that names it where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+@contextmanager
+def naming(what: str, place: Path) -> Iterator[None]:
+    """A value of an unexpected kind, met deep in somebody's files, as a ValueError that names their place."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and str(place) in str(error):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{what} in {place} are damaged, a value is not of the expected kind ({reason})") from error
 
 
 def load_json(path: Path) -> Any:
@@ -31,12 +52,8 @@ def load_json(path: Path) -> Any:
 
 def load_json_lines(path: Path) -> list[Any]:
     """A file of one JSON value per line; empty lines are skipped."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
     values = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(load_text(path).split("\n"), 1):
         if line.strip():
             try:
                 values.append(json.loads(line))
@@ -86,7 +103,8 @@ def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        # Half a surrogate pair, which JSON can hold and UTF-8 cannot, is written as JSON escapes it.
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

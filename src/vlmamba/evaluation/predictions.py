@@ -63,6 +63,10 @@ def _from_record(record: Any, where: str) -> Prediction:
             f"{where}: an answer needs an id ({', '.join(_IDS)}) and a text ({', '.join(_TEXTS)}); found "
             f"{', '.join(map(str, record)) or 'nothing'}"
         )
+    if not isinstance(record[ids[0]], (str, int, float)):
+        raise ValueError(f"{where}: the id must be a text or a number, found {record[ids[0]]!r}")
+    if not isinstance(record.get("prompt"), (str, type(None))):
+        raise ValueError(f"{where}: the prompt must be a text, found {record['prompt']!r}")
     value = record[texts[0]]
     if value is not None and not isinstance(value, (str, int, float)):
         raise ValueError(f"{where}: the answer must be a text, found {value!r}")

@@ -15,12 +15,16 @@ TASKS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+def on_one_line(text: str) -> str:
+    """An answer as the tool keeps it, on one line of a file with tabs between cells."""
+    return text.replace("\r", " ").replace("\n", " ").replace("\t", " ")
+
+
 def parse(text: str) -> str:
     """ "yes", "no" or "other", from the first four characters of the answer in lower case, "yes" asked first.
 
     Quirks: "Not" and "know" mean no, "eyes" means yes, "    yes" and "The answer is yes" mean neither."""
-    # The tool keeps one answer on one line of a file.
-    head = text.replace("\r", " ").replace("\n", " ").replace("\t", " ").lower()[:4]
+    head = on_one_line(text).lower()[:4]
     return "yes" if "yes" in head else "no" if "no" in head else "other"
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmamba.evaluation.files import find, write_atomically
-from vlmamba.evaluation.scoring.mme import TASKS, parse, score_mme
+from vlmamba.evaluation.files import find, load_text, write_atomically
+from vlmamba.evaluation.scoring.mme import TASKS, on_one_line, parse, score_mme
 from vlmamba.evaluation.task import SHORT_ANSWER, Example, Joined, Options, Outcome, Prediction, Score, Task
 
 NAMES = tuple(name for names in TASKS.values() for name in names)
@@ -64,7 +64,7 @@ class MME(Task):
     def _of_image(self, root: Path, name: str, path: Path) -> list[Example]:
         images = root / name / "images" if (root / name / "images").is_dir() else root / name
         image = next((p for p in (images / (path.stem + t) for t in _IMAGE_TYPES) if p.exists()), images / path.stem)
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = [line.strip() for line in load_text(path).split("\n") if line.strip()]
         examples = []
         for number, line in enumerate(lines):
             question, tab, gold = line.partition("\t")
@@ -106,7 +106,7 @@ class MME(Task):
             return None
         predictions = []
         for file in sorted(path.glob("*.txt")):
-            for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+            for number, line in enumerate(load_text(file).split("\n"), 1):
                 if not line.strip():
                     continue
                 parts = line.split("\t")
@@ -138,7 +138,7 @@ class MME(Task):
         for example in joined.examples:
             text = answers[example.id].text if example.id in answers else ""
             picture = example.question_id.split("/")[-1]
-            cells = [picture, example.data["official"], example.data["gold"], " ".join(text.split())]
+            cells = [picture, example.data["official"], example.data["gold"], on_one_line(text)]
             lines.setdefault(example.data["task"], []).append("\t".join(cells) + "\n")
         for name, rows in lines.items():
             write_atomically(out / "mme_results" / f"{name}.txt", "".join(rows))

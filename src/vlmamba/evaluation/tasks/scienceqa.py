@@ -43,6 +43,8 @@ class ScienceQA(Task):
                 raise ValueError(f"{path} has no problem {pid!r}, which {splits_path.name} puts in the test split")
             needed = ["question", "choices", "answer", "hint", "image", "grade", "subject", "topic"]
             problem = require(problems[pid], needed, f"{path}, problem {pid}")
+            if not isinstance(problem["choices"], list) or not problem["choices"]:
+                raise ValueError(f"{path}, problem {pid}: expected a list of choices, found {problem['choices']!r}")
             examples.append(self._example(pid, problem, folder))
         if not examples:
             raise ValueError(f"{splits_path} has an empty test split")

@@ -58,6 +58,8 @@ class VQAv2(Task):
             top = require(load_json(annotations_file), ["annotations"], str(annotations_file))
             for item in require_list(top["annotations"], f"{annotations_file}, annotations"):
                 require(item, ["question_id", "question_type", "answer_type", "answers"], str(annotations_file))
+                if not (isinstance(item["question_type"], str) and isinstance(item["answer_type"], str)):
+                    raise ValueError(f"{annotations_file}: question {item['question_id']} has a type that is no text")
                 truths[item["question_id"]] = item
         top = require(load_json(questions_file), ["questions"], str(questions_file))
         questions = require_list(top["questions"], f"{questions_file}, questions")
