@@ -459,6 +459,38 @@ def test_evaluation_mistakes_are_one_line(capsys, tmp_path, arguments, words):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("extra", [["--judge-runs", "0"], ["--judge-price", "3"]])
+def test_judge_options_that_make_no_sense(capsys, tmp_path, extra):
+    judge = ["--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "x"]
+    code, _, err = run(capsys, "score", "mmvet", "--data", str(tmp_path), "--predictions", "x", *judge, *extra)
+    assert code == 2
+    assert extra[0] in err
+
+
+def test_eval_keeps_the_judge_s_replies_beside_the_answers(monkeypatch, tmp_path, tiny_model):
+    from vlmamba.commands import evaluate as command
+    from vlmamba.evaluation import api
+
+    seen = {}
+    monkeypatch.setattr(command, "answerer_of", lambda *_: None)
+    monkeypatch.setattr("vlmamba.commands.load.load", lambda *_: None)
+    monkeypatch.setattr(api, "evaluate", lambda *_, **options: seen.update(options) or [])
+    judge = ["--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "x", "--judge-price", "2.5,10"]
+    assert cli.main(["eval", str(tiny_model), "--data", str(tmp_path), "--out", str(tmp_path / "out"), *judge]) == 0
+    assert seen["options"].judge.cache == tmp_path / "out" / "judge.jsonl"
+    assert "about $0.01 " in seen["options"].judge.estimate(["x" * 8000], 100)
+
+
+def test_eval_s_second_process_needs_no_gpu(capsys, monkeypatch, tmp_path, tiny_model):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "yes"}]
+    (tmp_path / "own.json").write_text(json.dumps([{"id": i, "conversations": turns} for i in (1, 2)]))
+    out = tmp_path / "out"
+    assert run(capsys, "eval", str(tiny_model), "--own", str(tmp_path / "own.json"), "--out", str(out))[0] == 0
+    assert (out / "own" / "answers-1-of-2.jsonl").read_text().count("\n") == 1
+
+
 def test_eval_check_says_what_is_missing(capsys, tmp_path):
     code, out, _ = run(capsys, "eval", "--check", str(tmp_path), "--tasks", "pope,gqa")
     assert code == 1

@@ -252,7 +252,12 @@ def _scoring_options(parser: Any) -> None:
     parser.add_argument("--rule", type=str, default="2023-12", help="MMBench's matching rule: 2023-12 or current")
     parser.add_argument("--judge-url", type=str, default=None, help="an OpenAI-compatible endpoint for MM-Vet, MMBench")
     parser.add_argument("--judge-model", type=str, default=None)
-    parser.add_argument("--judge-cache", type=str, default=None, help="file that keeps the judge's replies")
+    parser.add_argument(
+        "--judge-cache", type=str, default=None, help="file that keeps the judge's replies; eval: in --out"
+    )
+    parser.add_argument(
+        "--judge-price", type=str, default=None, metavar="IN,OUT", help="dollars per million tokens, for the estimate"
+    )
     parser.add_argument("--judge-runs", type=int, default=1, help="how often MM-Vet is graded")
     parser.add_argument("--few-shot", type=str, default=None, help="file with MM-Vet's official few-shot text")
 

@@ -45,6 +45,8 @@ def evaluate(
         raise ValueError("--data FOLDER is needed, the folder of the benchmarks (vlmamba eval --check FOLDER looks)")
     for name in names:
         get_task(name)
+    place = Path(out or Path("runs") / "eval" / Path(model).name)
+    judging["judge_cache"] = judging["judge_cache"] or str(place / "judge.jsonl")
     options = _options(**judging)
     variants = dict(_assignment(prompt) for prompt in prompts or [])
 
@@ -55,11 +57,10 @@ def evaluate(
     from vlmamba.evaluation.results import table
 
     shard = _shard()
-    if shard.world_size > 1 and device == "auto":
+    if shard.world_size > 1 and device == "auto" and _has_cuda():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     folder = find_model(model)
     answerer = answerer_of(load(model, device, dtype), model, folder)
-    place = Path(out or Path("runs") / "eval" / Path(model).name)
     results = api.evaluate(
         answerer,
         chosen,
@@ -153,6 +154,7 @@ def _options(
     judge_url: str | None,
     judge_model: str | None,
     judge_cache: str | None,
+    judge_price: str | None,
     judge_runs: int,
     few_shot: str | None,
 ) -> Options:
@@ -163,10 +165,22 @@ def _options(
         raise ValueError(f"--rule {rule} is unknown; MMBench's rules are 2023-12 and current")
     if (judge_url is None) != (judge_model is None):
         raise ValueError("a judge needs both --judge-url and --judge-model")
+    if judge_runs < 1:
+        raise ValueError(f"--judge-runs must be at least 1, found {judge_runs}")
     cache = None if judge_cache is None else Path(judge_cache)
-    judge = None if judge_url is None or judge_model is None else Judge(judge_url, judge_model, cache)
+    judge = None
+    if judge_url is not None and judge_model is not None:
+        judge = Judge(judge_url, judge_model, cache, price=None if judge_price is None else _price(judge_price))
     text = None if few_shot is None else Path(few_shot).read_text(encoding="utf-8")
     return Options(rule=rule, judge=judge, few_shot=text, runs=judge_runs)  # type: ignore[arg-type]
+
+
+def _price(text: str) -> tuple[float, float]:
+    try:
+        into, out = map(float, text.split(","))
+    except ValueError:
+        raise ValueError(f"--judge-price {text!r}: expected dollars per million tokens in and out, as 2.5,10") from None
+    return into, out
 
 
 def _assignment(prompt: str) -> tuple[str, str]:
@@ -181,6 +195,12 @@ def _shard() -> Shard:
     from vlmamba.evaluation.runner import Shard
 
     return Shard(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _say(text: str) -> None:
