@@ -362,3 +362,14 @@ def test_half_a_character_is_written_and_read_back(tmp_path: Path) -> None:
     first = score("gqa", data, file, out=tmp_path / "result.json", submissions=tmp_path / "out")
     assert score("gqa", data, tmp_path / "result.json")["metrics"] == first["metrics"]
     assert score("gqa", data, tmp_path / "out" / "gqa_predictions.json")["metrics"] == first["metrics"]
+
+
+def test_vqav2_validation_beside_the_test_set_submits_its_own_answers(tmp_path: Path) -> None:
+    data = WRITERS["vqav2"](tmp_path / "data")
+    test = {"questions": [{"question_id": 5, "image_id": 6, "question": "what?"}]}
+    put_json(data / "v2_OpenEnded_mscoco_test2015_questions.json", test)
+    answers = put_lines(tmp_path / "answers.jsonl", llava_answers("vqav2"))
+    first = score("vqav2", data, answers, submissions=tmp_path / "out")
+    again = score("vqav2", data, tmp_path / "out" / "vqav2_submission.json")
+    assert again["headline"] == first["headline"]
+    assert again["coverage"]["questions"] == again["coverage"]["answered"]

@@ -117,8 +117,10 @@ class VQAv2(Task):
         return Score(report["overall"], {**metrics, **reports}, outcomes)
 
     def write_submission(self, joined: Joined, folder: Path, out: Path) -> Path | None:
-        """`vqav2_submission.json`: [{question_id, answer}] over all test2015 ids, "" where nothing was asked."""
-        everything = find(folder, "*mscoco_test2015_questions.json")
+        """`vqav2_submission.json`: [{question_id, answer}] over all test2015 ids, "" where nothing was asked; of
+        validation, over its own."""
+        scored = joined.examples[0].data["truth"] is not None
+        everything = None if scored else find(folder, "*mscoco_test2015_questions.json")
         ids = (
             [item["question_id"] for item in load_json(everything)["questions"]]
             if everything is not None
