@@ -27,13 +27,22 @@ def test_packs_hold_every_sample_once_within_the_budget(lengths: list[int], budg
     rows = best_fit(lengths, budget)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(len(row) == 1 or sum(lengths[i] for i in row) <= budget for row in rows)
-    # Of any two rows, together they overflow: else one would not have been opened.
+    # Any two rows together overflow: else the second would not have been opened.
     fill = sorted(sum(lengths[i] for i in row) for row in rows)
     assert len(fill) < 2 or fill[0] + fill[1] > budget or 0 in fill
 
 
 def test_the_row_that_is_filled_most_is_taken() -> None:
     assert best_fit([6, 7, 3, 4], 10) == [[0, 3], [1, 2]]
+
+
+@pytest.mark.parametrize(("lengths", "budget"), [((300, 420), 2560), ((100, 150), 2048)])
+def test_rows_mix_lengths(lengths: tuple[int, int], budget: int) -> None:
+    """Where the length tells the answer, batches of one length would be batches of one answer."""
+    order = np.random.default_rng(0).choice(lengths, 2000)
+    means = [order[row].mean() for row in best_fit(order, budget)]
+    random = [part.mean() for part in np.array_split(order, len(means))]
+    assert np.std(means) < 1.2 * np.std(random)
 
 
 def keys(order: PackedOrder, first: int, end: int) -> list[Key]:

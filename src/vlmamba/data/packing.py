@@ -10,21 +10,20 @@ import numpy as np
 from vlmamba.data.sampling import Row, Supply, epoch_keys, lengths_of
 
 WINDOW = 4096
-"""Samples that are packed at a time. Packs hold no other than near neighbours of the shuffled order, so that order and
-lengths of a batch stay random; the rows of a window are shuffled among themselves."""
+"""Samples that are packed at a time; the rows of a window are shuffled among themselves."""
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, budget: int) -> list[list[int]]:
-    """Which samples share a row: longest first, each into the row that it fills most, at most `budget` tokens a row.
+    """Which samples share a row: each, as they come, goes into the row that it fills most, at most `budget` tokens.
 
-    Takes time in proportion to the number of samples. The same for the same lengths; a sample longer than the budget
-    stays alone. Rows are ordered by their first sample, and samples within a row as they were given.
+    Not the longest first, which would leave less padding (1 % less of conversations, 3 % of captions): samples of a
+    length would share rows, and a batch hold few kinds of answers. Takes time in proportion to the number of samples.
+    The same for the same lengths; a sample longer than the budget stays alone.
     """
     rows: list[list[int]] = []
     with_room: dict[int, list[int]] = {}  # tokens left: the rows that have them
     rooms = 0  # the bits of these numbers
-    for i in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
-        length = int(lengths[i])
+    for i, length in enumerate(np.asarray(lengths, dtype=np.int64).tolist()):
         fitting = rooms >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1  # the smallest that is enough
@@ -39,7 +38,7 @@ def best_fit(lengths: Sequence[int] | np.ndarray, budget: int) -> list[list[int]
         if left > 0:
             with_room.setdefault(left, []).append(row)
             rooms |= 1 << left
-    return sorted((sorted(row) for row in rows), key=lambda row: row[0])
+    return rows
 
 
 class PackedOrder:
