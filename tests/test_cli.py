@@ -403,6 +403,13 @@ def own_questions(tmp_path, picture) -> str:
     return str(path)
 
 
+@pytest.mark.parametrize("other", [("--tasks", "pope"), ("--data", "benchmarks")])
+def test_own_questions_are_a_task_by_themselves(capsys, own_questions, other):
+    code, _, err = run(capsys, "eval", "nano", "--own", own_questions, *other)
+    assert code == 2
+    assert "--own FILE" in err
+
+
 def test_eval_of_own_questions_then_score(capsys, tiny_model, own_questions, tmp_path):
     out = tmp_path / "out"
     common = ("--own", own_questions, "--out", str(out), "--device", "cpu", "--metric", "contains", "--batch-size", "2")

@@ -250,7 +250,12 @@ def _scoring_options(parser: Any) -> None:
     parser.add_argument("--images", type=str, default=None, help="folder of the pictures of your own questions")
     parser.add_argument("--metric", type=str, default="exact", help="exact, contains, vqa, anls, choice: of your own")
     parser.add_argument("--rule", type=str, default="2023-12", help="MMBench's matching rule: 2023-12 or current")
-    parser.add_argument("--judge-url", type=str, default=None, help="an OpenAI-compatible endpoint for MM-Vet, MMBench")
+    parser.add_argument(
+        "--judge-url",
+        type=str,
+        default=None,
+        help="an OpenAI-compatible endpoint for MM-Vet, MMBench; it is sent the key in OPENAI_API_KEY",
+    )
     parser.add_argument("--judge-model", type=str, default=None)
     parser.add_argument(
         "--judge-cache", type=str, default=None, help="file that keeps the judge's replies; eval: in --out"

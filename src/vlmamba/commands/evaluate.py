@@ -41,6 +41,8 @@ def evaluate(
     chosen: list[Any] = [_own(metric, images)] if own else list(names)
     if own and data:
         raise ValueError("--own FILE names a user's own questions and --data a folder of benchmarks; give one of them")
+    if own and tasks is not None:
+        raise ValueError("--own FILE is a task by itself; leave out --tasks")
     if not own and not data:
         raise ValueError("--data FOLDER is needed, the folder of the benchmarks (vlmamba eval --check FOLDER looks)")
     for name in names:
