@@ -40,7 +40,8 @@ CHUNK = 64  # steps between two saved states
 ROUNDS = 4
 ROUNDS_BACK = 3
 ROUNDS_OUTPUT = 20
-REGISTERS = 168  # of a thread; with 128 a fourth slower forward, backward faster for many rows and slower for few
+REGISTERS = 168  # of a thread: three warps a scheduler; with 128, four of them, forward is a fourth slower
+REGISTERS_MANY = 128  # the same backward where there are more warps than fit at once: a tenth faster
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -220,7 +221,7 @@ def scan_rows_backward(
             "CHUNK": CHUNK, "T": T_BACK, "S": S, "NS": NS, "SOFTPLUS": softplus, "GRID": grid != (0, 0),
             "PACKED": _is_packed(N, NS, S, B, C), "WHOLE": _is_whole(length, T_BACK, seq_idx, grid),
             "HAS_Z": z is not None, "HAS_BIAS": dt_bias is not None, "HAS_SEQ": seq_idx is not None, "num_warps": 1,
-            **_at_most(REGISTERS),
+            **_at_most(REGISTERS if blocks * rows * segments <= 12 * multiprocessors(x.device) else REGISTERS_MANY),
         }  # fmt: skip
         if segments > 1:
             parts, part_spans = _segment_buffers(rows, segments, blocks, NS, x.device)
