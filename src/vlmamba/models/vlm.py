@@ -241,7 +241,10 @@ class Check:
         expected = int(self.placeholders)
         if self.images is None:
             if expected:
-                raise ValueError(f"the text holds {expected} image placeholders, but no pixel_values were given")
+                raise ValueError(
+                    f"the text holds {expected} image placeholders, but no pixel_values were given; where a state goes "
+                    "on (cache_params), give the new tokens alone"
+                )
             return
         images, each = self.images
         if images * each != expected:
