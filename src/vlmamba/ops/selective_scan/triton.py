@@ -8,9 +8,9 @@ first pass finds what each segment adds to the state, and the main pass begins b
 added.
 
 The forward pass saves the state every CHUNK steps. The backward pass is two walks that never hold the state and its
-gradient together: one forward with the state, from any saved one, and one back with the gradient; a number for each
-step and channel that the first leaves behind takes the place of the states in the second. Every sum over programs goes
-through partial results in memory and a second pass, so two runs agree bit for bit.
+gradient together: one forward with the state and its slope by A, from any saved state, and one back with the gradient;
+a number for each step and channel that the first leaves behind takes the place of the states in the second. Every sum
+over programs goes through partial results in memory and a second pass, so two runs agree bit for bit.
 
 Letters: B batch, K scan orders, R = B * K rows, L length (or patches), D channels, N state size, C saved chunks, G
 segments, J blocks of channels, S lanes of a group of 4 channels, NS states of a lane, T steps done together.
@@ -41,7 +41,7 @@ ROUNDS = 4
 ROUNDS_BACK = 3
 ROUNDS_OUTPUT = 20
 REGISTERS = 168  # of a thread: three warps a scheduler; with 128, four of them, forward is a fourth slower
-REGISTERS_MANY = 128  # the same backward where there are more warps than fit at once: a tenth faster
+REGISTERS_MANY = 128  # walking back where there are more warps than fit at once: a tenth faster
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -212,8 +212,8 @@ def scan_rows_backward(
     if needs_initial:
         dinitial = f32.new_empty((batch, K, dim, N)) if x.numel() else _no_steps(dfinal, f32, (batch, K, dim, N))
     if x.numel():
-        parts = part_spans = None
-        work, spans = f32.new_empty((rows, length, dim)), f32.new_empty((rows, saved.shape[2], dim))
+        parts = spans = None
+        work, slopes = f32.new_empty((rows, length, dim)), torch.empty_like(saved)
         lengths = valid_lengths(seq_idx)
         walk = (length, dim, N, K, orders, *grid)
         strides = (*_outer(dy), *_strides(x), *_strides(dt), *_strides(B), *_strides(C), *_outer(z))
@@ -221,23 +221,24 @@ def scan_rows_backward(
             "CHUNK": CHUNK, "T": T_BACK, "S": S, "NS": NS, "SOFTPLUS": softplus, "GRID": grid != (0, 0),
             "PACKED": _is_packed(N, NS, S, B, C), "WHOLE": _is_whole(length, T_BACK, seq_idx, grid),
             "HAS_Z": z is not None, "HAS_BIAS": dt_bias is not None, "HAS_SEQ": seq_idx is not None, "num_warps": 1,
-            **_at_most(REGISTERS if blocks * rows * segments <= 12 * multiprocessors(x.device) else REGISTERS_MANY),
         }  # fmt: skip
+        fit = blocks * rows * segments <= 12 * multiprocessors(x.device)
         if segments > 1:
-            parts, part_spans = _segment_buffers(rows, segments, blocks, NS, x.device)
+            parts, spans = _segment_buffers(rows, segments, blocks, NS, x.device)
             scan_segment_grad_kernel[(blocks, segments, rows)](
-                dy, dt, A, C, z, dt_bias, seq_idx, lengths, parts, part_spans, *walk, steps, segments,
-                *_outer(dy), *_strides(dt), *_strides(C), *_outer(z), **flags,
+                dy, dt, A, C, z, dt_bias, seq_idx, lengths, parts, spans, *walk, steps, segments,
+                *_outer(dy), *_strides(dt), *_strides(C), *_outer(z), **flags, **_at_most(REGISTERS),
             )  # fmt: skip
         scan_output_grad_kernel[(blocks, output_segments, rows)](
-            dy, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, saved, work, spans, output_dA, dBC, dD, dz,
+            dy, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, saved, work, slopes, output_dA, dBC, dD, dz,
             *walk, output_steps, output_segments, saved.shape[2], *strides, HAS_D=D is not None, **flags,
+            **_at_most(REGISTERS),
         )  # fmt: skip
         scan_state_grad_kernel[(blocks, segments, rows)](
-            dy, dfinal, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, saved, work, spans, parts, part_spans,
+            dy, dfinal, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, saved, work, slopes, parts, spans,
             dx, ddt, dA, dBC, dbias, dinitial, *walk, steps, segments, saved.shape[2], *strides,
             HAS_D=D is not None, HAS_DFINAL=dfinal is not None, HAS_DINITIAL=needs_initial, HAS_PARTS=segments > 1,
-            **flags,
+            **flags, **_at_most(REGISTERS if fit else REGISTERS_MANY),
         )  # fmt: skip
     dB, dC = dBC.sum(2).split(N, -1)
     return (

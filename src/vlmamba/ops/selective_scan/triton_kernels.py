@@ -102,6 +102,19 @@ def _advance(h, a2, dt_t, dtx_t, B_t, S: tl.constexpr, NS: tl.constexpr):
 
 
 @triton.jit
+def _advance_with_slope(h, slope, a2, dt_t, dtx_t, B_t, S: tl.constexpr, NS: tl.constexpr):
+    """The same, and dh / dA = exp(dt A) (dh / dA + dt h) of the states before."""
+    dts, dtxs = spread(dt_t, S), spread(dtx_t, S)
+    after = ()
+    slopes = ()
+    for e in tl.static_range(4 * NS):
+        decay = tl.exp2(dts[e // NS] * a2[e])
+        slopes = slopes + (decay * (slope[e] + dts[e // NS] * h[e]),)
+        after = after + (decay * h[e] + dtxs[e // NS] * B_t[e % NS],)
+    return after, slopes
+
+
+@triton.jit
 def _read_out(h, C_t, S: tl.constexpr, NS: tl.constexpr):
     """Own channel's C . h."""
     sums = ()
@@ -306,7 +319,7 @@ def _add_output_grad(g, dy_t, C_t, S: tl.constexpr, NS: tl.constexpr):
 
 @triton.jit
 def scan_output_grad_kernel(
-    dy, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, saved, work, spans, dA, dBC, dD, dz,
+    dy, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, saved, work, slopes, dA, dBC, dD, dz,
     length, dim, states, rows_k, orders, height, width, segment_length, segments, chunks,
     dy_b, dy_l: tl.constexpr, x_b, x_k, x_l: tl.constexpr, dt_b, dt_k, dt_l: tl.constexpr,
     B_b, B_k, B_l: tl.constexpr, C_b, C_k, C_l: tl.constexpr, z_b, z_l: tl.constexpr,
@@ -314,8 +327,10 @@ def scan_output_grad_kernel(
     PACKED: tl.constexpr, WHOLE: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
 ):  # fmt: skip
-    """Walks forward from the saved states: dC, dz, dD, and of each step `work` = sum over n of A dy C h, with dA's
-    share of it."""
+    """Walks forward from the saved states: dC, dz, dD, and of each step `work` = sum over n of A dy C h.
+
+    With the state goes its slope dh / dA since the chunk began, whose products with dy C are dA's share of the chunk;
+    what the slope at its end (`slopes`) does to later steps is for the walk back to say. Nothing cancels."""
     row = tl.program_id(2).to(tl.int64)
     b, k = row // rows_k, row % rows_k
     group, state, own = _lanes(states, dim, S, NS)
@@ -347,7 +362,7 @@ def scan_output_grad_kernel(
     if HAS_Z:
         z_raw = fetch(z, z_l, at, T)
     for chunk_first in range(begin, last, CHUNK):
-        passed = none  # sum of dt since the chunk began
+        slope = zeros(4 * NS)
         resets = _resets(seq_idx, b * length, chunk_first, last, CHUNK, HAS_SEQ)
         for first in range(chunk_first, tl.minimum(chunk_first + CHUNK, last), T):
             next_at = _steps(first + T, last, length, orders, k, height, width, T, GRID, WHOLE)
@@ -362,11 +377,12 @@ def scan_output_grad_kernel(
                 valid = WHOLE | (first + j < last)
                 inside = (own < dim) & valid
                 if HAS_SEQ:
-                    h = keep_unless(_is_in(resets, first - chunk_first + j), h)
+                    reset = _is_in(resets, first - chunk_first + j)
+                    h, slope = keep_unless(reset, h), keep_unless(reset, slope)
                 x_t = x_raw[j].to(tl.float32)
                 dy_t = tl.where(inside, dy_raw[j].to(tl.float32), 0.0)
-                passed += sizes[j]
-                h = _advance(h, a2, sizes[j], sizes[j] * x_t, unpack(B_raw[j], B.dtype.element_ty, PACKED), S, NS)
+                B_t = unpack(B_raw[j], B.dtype.element_ty, PACKED)
+                h, slope = _advance_with_slope(h, slope, a2, sizes[j], sizes[j] * x_t, B_t, S, NS)
                 C_t = unpack(C_raw[j], C.dtype.element_ty, PACKED)
                 if HAS_Z:
                     z_t = z_raw[j].to(tl.float32)
@@ -375,13 +391,15 @@ def scan_output_grad_kernel(
                     dy_t *= z_t * gate
                 share = over_groups(_weighted(h, dy_t, S, NS), S)
                 _store_share(dBC + at[j] * (2 * states), share, states, valid, S, NS)
-                y_t, w_t, dA_sum = _products(h, C_t, a2, dA_sum, dy_t * passed, S, NS)
+                y_t, w_t = _products(h, C_t, a2, S, NS)
+                dA_sum = _add_weighted(dA_sum, slope, dy_t, C_t, S, NS)
                 tl.store(work + at[j] * dim, dy_t * w_t, mask=inside)
                 if HAS_Z:
                     tl.store(dz + at[j] * dim, (dz_t * (y_t + skip * x_t)).to(dz.dtype.element_ty), mask=inside)
                 dD_sum += dy_t * x_t
             at, x_raw, dt_raw, dy_raw, z_raw = next_at, x_next, dt_next, dy_next, z_next
-        tl.store(spans + (row * chunks + chunk_first // CHUNK) * dim + own, passed, mask=own < dim)
+        chunk = (row * chunks + chunk_first // CHUNK) * blocks + tl.program_id(0)
+        store_values(slopes + chunk * (4 * NS * 32), slope)
     if HAS_SEQ:
         for step in range(tl.maximum(begin, last), tl.minimum(begin + segment_length, length)):
             _store_share(dBC + step * (2 * states), over_groups(zeros(NS), S), states, True, S, NS)
@@ -395,7 +413,7 @@ def scan_output_grad_kernel(
 
 @triton.jit
 def scan_state_grad_kernel(
-    dy, dfinal, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, saved, work, spans, parts, part_spans,
+    dy, dfinal, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, saved, work, slopes, parts, spans,
     dx, ddt, dA, dBC, dbias, dinitial,
     length, dim, states, rows_k, orders, height, width, segment_length, segments, chunks,
     dy_b, dy_l: tl.constexpr, x_b, x_k, x_l: tl.constexpr, dt_b, dt_k, dt_l: tl.constexpr,
@@ -407,10 +425,10 @@ def scan_state_grad_kernel(
 ):  # fmt: skip
     """Walks back with g, the gradient of the state: dx, ddt, dB, and the rest of dA.
 
-    q_t = exp(dt A) g_t h_{t-1}, which ddt and dA need, is had without the states between: g_t h_t is both
-    q_t + g_t dt_t x_t B_t and q_{t+1} + dy_t C_t h_t, so going back q only gains dy C h, which the forward walk left
-    in `work`, and loses g dt x B. At every CHUNK it is taken anew from a saved state, so that rounding does not
-    gather."""
+    q_t = sum over n of A exp(dt A) g_t h_{t-1}, which ddt needs, is had without the states between: g_t h_t is both
+    exp(dt A) g_t h_{t-1} + g_t dt_t x_t B_t and the same of the next step + dy_t C_t h_t, so going back q only gains
+    A dy C h, which the forward walk left in `work`, and loses A g dt x B. At every CHUNK it is taken anew from a saved
+    state, so that rounding does not gather."""
     row = tl.program_id(2).to(tl.int64)
     b, k = row // rows_k, row % rows_k
     blocks = tl.num_programs(0)
@@ -429,7 +447,7 @@ def scan_state_grad_kernel(
     if HAS_PARTS:
         later = (row * segments + segments - 1) * blocks + tl.program_id(0)
         count = segments - 1 - tl.program_id(1)
-        g = fold(g, parts + later * (4 * NS * 32), part_spans + later * 32, a2, count, -blocks, S, NS)
+        g = fold(g, parts + later * (4 * NS * 32), spans + later * 32, a2, count, -blocks, S, NS)
     x += b * x_b + k * x_k + d
     dt += b * dt_b + k * dt_k + d
     B += b * B_b + k * B_k + state
@@ -455,9 +473,10 @@ def scan_state_grad_kernel(
     for back_chunk in range(first_chunk, behind_chunk):
         chunk = first_chunk + behind_chunk - 1 - back_chunk
         chunk_last = tl.minimum(chunk * CHUNK + CHUNK, last)
-        left = tl.load(spans + (row * chunks + chunk) * dim + d)  # sum of dt from the chunk's beginning
         behind = (row * chunks + chunk + 1) * blocks + tl.program_id(0)
-        q, dA_sum = _meet(g, load_values(saved + behind * (4 * NS * 32), 4 * NS), a2, dA_sum, left, S, NS)
+        q = _sum_with_matrix(g, load_values(saved + behind * (4 * NS * 32), 4 * NS), a2, S, NS)
+        slope = load_values(slopes + (behind - blocks) * (4 * NS * 32), 4 * NS)
+        dA_sum = _add_products(dA_sum, g, slope)
         resets = _resets(seq_idx, b * length, chunk * CHUNK, last, CHUNK, HAS_SEQ)
         groups = tl.cdiv(chunk_last - chunk * CHUNK, T)
         for back in range(groups):
@@ -482,7 +501,7 @@ def scan_state_grad_kernel(
                 share = over_groups(_weighted(g, dt_t * x_t, S, NS), S)
                 _store_share(dBC + at[j] * (2 * states), share, states, valid, S, NS)
                 B_t = unpack(B_raw[j], B.dtype.element_ty, PACKED)
-                gB, gBA, dA_sum = _products(g, B_t, a2, dA_sum, -(dt_t * x_t) * left, S, NS)
+                gB, gBA = _products(g, B_t, a2, S, NS)
                 q += tl.where(valid, w_raw[j], 0.0) - dt_t * x_t * gBA
                 ddt_t = q * (1.0 / LOG2E) + x_t * gB
                 if SOFTPLUS:
@@ -490,7 +509,6 @@ def scan_state_grad_kernel(
                 dbias_sum += tl.where(inside, ddt_t, 0.0)
                 tl.store(dx + at[j] * dim, (dt_t * gB + skip * dy_t).to(dx.dtype.element_ty), mask=inside)
                 tl.store(ddt + at[j] * dim, ddt_t.to(ddt.dtype.element_ty), mask=inside)
-                left -= dt_t
                 g = decayed(g, a2, spread(dt_t, S), NS)
                 if HAS_SEQ:
                     reset = _is_in(resets, first - chunk * CHUNK + j)
@@ -541,37 +559,48 @@ def _store_share(pointer, share, states, valid, S: tl.constexpr, NS: tl.constexp
 
 
 @triton.jit
-def _products(values, factors, a2, dA_sum, weight, S: tl.constexpr, NS: tl.constexpr):
-    """(own channel's sum of values times factors, the same with A, dA's sum with weight times them added)."""
-    weights = spread(weight, S)
+def _products(values, factors, a2, S: tl.constexpr, NS: tl.constexpr):
+    """Own channel's sum over states of values times factors, and the same with A log2(e)."""
     plain = ()
     scaled = ()
-    sums = ()
     for i in tl.static_range(4):
-        m = values[i * NS] * factors[0]
-        total, with_A = m, m * a2[i * NS]
-        sums = sums + (dA_sum[i * NS] + m * weights[i],)
+        total = values[i * NS] * factors[0]
+        with_A = total * a2[i * NS]
         for j in tl.static_range(1, NS):
-            m = values[i * NS + j] * factors[j]
-            total += m
-            with_A += m * a2[i * NS + j]
-            sums = sums + (dA_sum[i * NS + j] + m * weights[i],)
+            product = values[i * NS + j] * factors[j]
+            total += product
+            with_A += product * a2[i * NS + j]
         plain = plain + (total,)
         scaled = scaled + (with_A,)
-    return own_total(plain, S), own_total(scaled, S), sums
+    return own_total(plain, S), own_total(scaled, S)
 
 
 @triton.jit
-def _meet(g, behind, a2, dA_sum, span, S: tl.constexpr, NS: tl.constexpr):
-    """q of the step behind a chunk (own channel's sum of g h A), and what it gives dA over the chunk."""
-    spans = spread(span, S)
+def _sum_with_matrix(values, factors, a2, S: tl.constexpr, NS: tl.constexpr):
+    """Own channel's sum over states of values times factors times A log2(e); a factor for each value."""
     scaled = ()
-    sums = ()
     for i in tl.static_range(4):
-        with_A = tl.zeros([32], tl.float32)
-        for e in tl.static_range(i * NS, i * NS + NS):
-            m = g[e] * behind[e]
-            with_A += m * a2[e]
-            sums = sums + (dA_sum[e] + m * spans[i],)
-        scaled = scaled + (with_A,)
-    return own_total(scaled, S), sums
+        total = values[i * NS] * factors[i * NS] * a2[i * NS]
+        for e in tl.static_range(i * NS + 1, i * NS + NS):
+            total += values[e] * factors[e] * a2[e]
+        scaled = scaled + (total,)
+    return own_total(scaled, S)
+
+
+@triton.jit
+def _add_products(sums, values, factors):
+    """sums + values times factors."""
+    added = ()
+    for e in tl.static_range(len(sums)):
+        added = added + (sums[e] + values[e] * factors[e],)
+    return added
+
+
+@triton.jit
+def _add_weighted(sums, values, weight, factors, S: tl.constexpr, NS: tl.constexpr):
+    """sums + values times the channel's weight times the state's factor."""
+    weights = spread(weight, S)
+    added = ()
+    for e in tl.static_range(4 * NS):
+        added = added + (sums[e] + values[e] * factors[e % NS] * weights[e // NS],)
+    return added
