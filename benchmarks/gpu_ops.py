@@ -249,10 +249,13 @@ def one_token() -> dict[str, dict]:
 def sweep() -> dict[str, dict]:
     """The scan's constants, one at a time, at the two shapes of the marks. A setting that fails the gate is not
     timed."""
-    chosen = {name: getattr(scan, name) for name in ("T", "T_BACK", "CHUNK", "ROUNDS")}
+    constants = {
+        "T": (2, 8), "T_BACK": (1, 4), "CHUNK": (32,), "REGISTERS": (128,), "REGISTERS_MANY": (168,),
+        "ROUNDS": (2, 3, 5), "ROUNDS_BACK": (2, 4, 5), "ROUNDS_OUTPUT": (3, 5, 10),
+    }  # fmt: skip
+    chosen = {name: getattr(scan, name) for name in constants}
     result = {}
-    trials = [{}, {"T": 1}, {"T": 2}, {"T": 8}, {"T_BACK": 1}, {"T_BACK": 4}, {"CHUNK": 16}, {"CHUNK": 64}]
-    trials += [{"ROUNDS": r} for r in (1, 3, 4, 5)]
+    trials = [{}, *({name: value} for name, values in constants.items() for value in values)]
     for trial in trials:
         for name, value in (chosen | trial).items():
             setattr(scan, name, value)
@@ -260,7 +263,7 @@ def sweep() -> dict[str, dict]:
         if not passes(gate(GATE[:1])):
             result[label] = {"gate": "red"}
             continue
-        shapes = ((1, 5120, 1024),) if "ROUNDS" in trial else ((16, 5120, 1024), (1, 5120, 1024))
+        shapes = ((1, 5120, 1024),) if {"ROUNDS", "ROUNDS_BACK"} & set(trial) else ((16, 5120, 1024), (1, 5120, 1024))
         result[label] = {f"B{s[0]} {part}": times for s in shapes for part, times in ours(s).items()}
     for name, value in chosen.items():
         setattr(scan, name, value)

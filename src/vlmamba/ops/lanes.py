@@ -61,12 +61,6 @@ def position(step, length, orders, k, height, width, GRID: tl.constexpr):
 
 
 @triton.jit
-def is_reset(seq_idx, base, step):
-    """Whether a new sequence begins at this step (never at the first one, which continues from the initial state)."""
-    return tl.load(seq_idx + base + step) != tl.load(seq_idx + base + tl.maximum(step - 1, 0))
-
-
-@triton.jit
 def places(first, last, length, orders, k, height, width, T: tl.constexpr, GRID: tl.constexpr):
     """Positions of T steps from `first`; beyond `last` the last step again, so that a load needs no mask."""
     at = ()

@@ -353,7 +353,7 @@ def scan_output_grad_kernel(
     dy += b * dy_b + d
     work += row * length * dim + own
     dBC += part_row(row, blocks) * length * (2 * states) + states
-    x_raw, dt_raw, dy_raw, z_raw = (), (), (), ()
+    z_raw = ()
     if HAS_Z:
         z += b * z_b + d
         dz += b * length * dim + own
