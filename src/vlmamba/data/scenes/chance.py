@@ -1,4 +1,4 @@
-"""A source of chance that draws what `random.Random` draws, number for number, in half the time."""
+"""A source of chance that draws what `random.Random` draws, number for number, with fewer calls."""
 
 from __future__ import annotations
 
