@@ -135,6 +135,33 @@ def test_a_hidden_middle_is_told_all_the_same() -> None:
     assert told(classes, "what")[8, 8] == "star"
 
 
+def test_where_the_middle_is_and_how_many_there_are() -> None:
+    items = [
+        shape("star", "red", 30, 20, 100),
+        shape("star", "blue", 24, 100, 30, "dotted", "medium"),
+        shape("heart", "red", 24, 60, 60, size="medium"),
+        Item("thing", "dog", size="large", px=30, x=104, y=104, width=30, height=30),
+        Item("word", "red", "red", px=14, x=30, y=20, width=30, height=14, text="red"),
+    ]
+    classes = classes_of(Scene("free", GROUND, items))
+    what = told(classes, "what")
+    for item in items[:4]:
+        where = (what == item.name) & ((told(classes, "colour") == item.colour) | (item.kind == "thing"))
+        assert where.sum() > 3
+        assert set(told(classes, "row")[where]) == {f"line {int(item.y / 8) + 1}"}
+        assert set(told(classes, "column")[where]) == {f"line {int(item.x / 8) + 1}"}
+        assert set(told(classes, "named")[where]) == {"2" if item.name == "star" else "1"}
+        counts = {"red": "2", "blue": "1", "": ""}
+        assert set(told(classes, "coloured")[where]) == {counts[item.colour]}
+        counts = {"solid": "2", "dotted": "1"}
+        assert set(told(classes, "filled")[where]) == {"" if item.kind == "thing" else counts[item.fill]}
+    letters = np.isin(what, CHARACTERS)
+    assert {str(told(classes, field)[letters][0]) for field in ("named", "coloured", "filled")} == {""}
+    assert list(told(classes, "column")[letters]) == [f"line {c + 1}" for c in np.argwhere(letters)[:, 1]]
+    crowd = classes_of(Scene("crowd", GROUND, [shape("star", "red", 12, 8 + 16 * i, 60) for i in range(8)] * 2))
+    assert set(told(crowd, "named")[told(crowd, "what") == "star"]) == {"9 or more"}
+
+
 def test_ends_of_bars() -> None:
     world = World(2, kinds={"chart": 1.0})
     for index in range(40):
@@ -174,7 +201,7 @@ def test_almost_nothing_is_left_out() -> None:
         marks = world.marked(index)[1]
         classes = patch_classes(marks, 128, 16, 16)
         asked += sum(mark.centred for mark in marks)
-        found += int((classes[-1] > 0).sum() + (classes[1] > 0).sum())
+        found += int((told(classes, "centre") != "").sum() + (told(classes, "next") != "").sum())
     assert 0.998 * asked < found <= asked
 
 

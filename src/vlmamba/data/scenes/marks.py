@@ -6,6 +6,7 @@ Letters: F fields, P patches (rows x columns, row-major).
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,11 @@ CHARACTERS = tuple("abcdefghijklmnopqrstuvwxyz0123456789+-")
 """In lower case, as words are answered: a lone "c" and a "C" are one drawing in two sizes."""
 BAR_ENDS = tuple(f"bar {value}" for value in range(1, 11))
 NOTHING = ""
+LINES = 16
+"""Into so many rows and columns a picture is cut to tell where the middle of something is."""
+MOST_COUNTED = 9
+_LINES = (NOTHING, *(f"line {number}" for number in range(1, LINES + 1)))
+_COUNTS = (NOTHING, *map(str, range(1, MOST_COUNTED)), f"{MOST_COUNTED} or more")
 FIELDS: dict[str, tuple[str, ...]] = {
     "what": (NOTHING, *THINGS, *SHAPES, "patch", "bar", *BAR_ENDS, *CHARACTERS),
     "next": (NOTHING, *CHARACTERS),
@@ -25,16 +31,27 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "fill": (NOTHING, *FILLS),
     "size": (NOTHING, *SIZES),
     "centre": (NOTHING, "here"),
+    "row": _LINES,
+    "column": _LINES,
+    "named": _COUNTS,
+    "coloured": _COUNTS,
+    "filled": _COUNTS,
 }
 """Classes of each field of a patch; class 0 is that there is nothing of the kind.
 
 `what`: the topmost thing, shape, patch of colour or bar over the middle of the patch, or whatever has its own middle in
 it: an item, a character, the end of a bar, which tells the bar's value. `next`: the second character with its middle
 here, in reading order. `colour` (of text: its ink), `fill`, `size`: of the same, where the world has a word for it.
-`centre`: the middle of an item or a character, or a bar's end, is here."""
+`centre`: the middle of an item or a character, or a bar's end, is here. `row`, `column`: where the middle of that is of
+which the patch is a part. `named`: how many things or shapes of its name are in the picture; `coloured`, `filled`: how
+many shapes of its colour, or its fill."""
 
 _NUMBERS = {field: {name: number for number, name in enumerate(names)} for field, names in FIELDS.items()}
-_WHAT, _NEXT, _CENTRE = (list(FIELDS).index(field) for field in ("what", "next", "centre"))
+_WHAT, _NEXT, _CENTRE, _ROW, _COLUMN = (
+    list(FIELDS).index(field) for field in ("what", "next", "centre", "row", "column")
+)
+_COUNTED = {"what": "named", "colour": "coloured", "fill": "filled"}
+_COUNTED_AT = [(field, list(FIELDS).index(counted)) for field, counted in _COUNTED.items()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +71,38 @@ class Mark:
     centred: bool = True
 
     @property
-    def classes(self) -> np.ndarray:
-        """(F,) int64 with `next` and `centre` left at nothing; not to be written to."""
-        return _classes(self.what, self.colour, self.fill, self.size)
+    def middle(self) -> tuple[float, float]:
+        """x, y in pixels of the picture."""
+        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+
+    @property
+    def is_object(self) -> bool:
+        """Whether it is a thing or a shape, which can be counted."""
+        return self.what in THINGS or self.what in SHAPES
 
 
 @cache
-def _classes(what: str, colour: str, fill: str, size: str) -> np.ndarray:
+def _named_classes(what: str, colour: str, fill: str, size: str) -> np.ndarray:
     said = {"what": what, "colour": colour, "fill": fill, "size": size}
     return np.array([numbers[said.get(field, NOTHING)] for field, numbers in _NUMBERS.items()])
+
+
+def _count(marks: Iterable[Mark]) -> Counter[tuple[str, str]]:
+    """How many objects of each name, colour and fill there are: (field, name) to number."""
+    return Counter(
+        (field, name) for mark in marks if mark.is_object for field in _COUNTED if (name := getattr(mark, field))
+    )
+
+
+def _classes(mark: Mark, side: int, counts: Counter[tuple[str, str]]) -> np.ndarray:
+    """(F,) of a mark, with `next` and `centre` left at nothing."""
+    classes = _named_classes(mark.what, mark.colour, mark.fill, mark.size).copy()
+    for at, middle in zip((_COLUMN, _ROW), mark.middle, strict=True):
+        classes[at] = 1 + min(max(int(middle * LINES / side), 0), LINES - 1)
+    if mark.is_object:
+        for field, at in _COUNTED_AT:
+            classes[at] = min(counts[field, getattr(mark, field)], MOST_COUNTED)
+    return classes
 
 
 def patch_classes(marks: Iterable[Mark], side: int, rows: int, columns: int) -> np.ndarray:
@@ -71,6 +111,7 @@ def patch_classes(marks: Iterable[Mark], side: int, rows: int, columns: int) -> 
     Marks are in the order of drawing, so that later ones hide earlier ones; a middle is told also where it is hidden.
     """
     marks = list(marks)
+    counts = _count(marks)
     found = np.zeros((len(FIELDS), rows, columns), np.int64)
     ys, xs = _middles(side, rows), _middles(side, columns)
     for mark in marks:
@@ -82,13 +123,13 @@ def patch_classes(marks: Iterable[Mark], side: int, rows: int, columns: int) -> 
         c0, c1 = bisect_left(xs, left), bisect_left(xs, left + width)
         if r0 < r1:
             covered = mark.cover[[[y - top] for y in ys[r0:r1]], [x - left for x in xs[c0:c1]]]
-            np.copyto(found[:, r0:r1, c0:c1], mark.classes[:, None, None], where=covered)
+            np.copyto(found[:, r0:r1, c0:c1], _classes(mark, side, counts)[:, None, None], where=covered)
     for mark in marks:
         if mark.centred:
-            x, y = (mark.box[0] + mark.box[2]) / 2, (mark.box[1] + mark.box[3]) / 2
+            x, y = mark.middle
             row, column = int(y * rows / side), int(x * columns / side)
             if 0 <= row < rows and 0 <= column < columns:
-                _centre(found[:, row, column], mark)
+                _centre(found[:, row, column], _classes(mark, side, counts))
     return found.reshape(len(FIELDS), rows * columns)
 
 
@@ -98,12 +139,12 @@ def _middles(side: int, count: int) -> tuple[int, ...]:
     return tuple(int((i + 0.5) * side / count) for i in range(count))
 
 
-def _centre(patch: np.ndarray, mark: Mark) -> None:
+def _centre(patch: np.ndarray, classes: np.ndarray) -> None:
     """Notes a middle in its patch (F,), beside a character's that is there before it."""
-    second = _NUMBERS["next"].get(mark.what)
+    second = _NUMBERS["next"].get(FIELDS["what"][classes[_WHAT]])
     if second and patch[_CENTRE] and FIELDS["what"][patch[_WHAT]] in _NUMBERS["next"]:
         if not patch[_NEXT]:
             patch[_NEXT] = second
         return
-    patch[:] = mark.classes
+    patch[:] = classes
     patch[_CENTRE] = 1
