@@ -114,7 +114,7 @@ class CapturedStep:
         self._capture = capture or as_graph(device)
         self._frames: dict[Size, Frame] = {}
         self._signature: tuple[int, ...] = ()
-        self.steps, self.replayed = 0, 0
+        self.replayed = 0
         self._told: set[Size] = set()
         self._others = 0  # batches of sizes that have no graph
         for group in optimizer.param_groups:
@@ -130,7 +130,6 @@ class CapturedStep:
             if len(self._frames) < MOST:
                 self._frames[size] = frame
         frame.fill(batch, labels)
-        self.steps += 1
         if new:
             self._others += size not in self._frames
             return self._learn(frame.batch, frame.items)

@@ -10,7 +10,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -198,14 +198,15 @@ class PipelineConfig:
     """MB that the exported folder may take; 0 is no limit."""
 
 
+def require(condition: bool, message: str) -> None:
+    """ConfigError with the message unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
 def _check_run(config: RunConfig) -> None:
     """Rules that concern several fields at once."""
     optim, model = config.optim, config.model
-
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise ConfigError(message)
-
     require(bool(config.data), "data: is empty; name at least one source (scenes or llava)")
     for i, source in enumerate(config.data):
         require((source.scenes is None) != (source.llava is None), f"data.{i}: needs exactly one of scenes and llava")
@@ -233,16 +234,16 @@ def _check_run(config: RunConfig) -> None:
         f"optim.checkpoint_activations: is {optim.checkpoint_activations}; it is true, false or a share of the blocks",
     )
     if optim.capture:
-        _check_capture(optim, require)
+        _check_capture(optim)
     steps = optim.max_steps
     require(steps is None or steps > 0, f"optim.max_steps: is {steps}; it must be positive")
     require(optim.epochs > 0, f"optim.epochs: is {optim.epochs}; it must be positive")
     require(0 <= optim.warmup < 1, f"optim.warmup: is {optim.warmup}; it is a share of the run, from 0 to below 1")
-    require(checkpoint_ok(config.checkpoint), "checkpoint: every and keep must be at least 1")
+    require(min(config.checkpoint.every, config.checkpoint.keep) >= 1, "checkpoint: every and keep must be at least 1")
     require(config.logging.every >= 1, f"logging.every: is {config.logging.every}; it must be at least 1")
     require(config.workers >= 0, f"workers: is {config.workers}; it must be 0 or more")
-    _check_lora(config, require)
-    _check_encoder(config, require)
+    _check_lora(config)
+    _check_encoder(config)
     if model.path is None:
         require(
             model.language is not None or model.vision is not None,
@@ -259,7 +260,7 @@ def _check_run(config: RunConfig) -> None:
     )
 
 
-def _check_capture(optim: OptimConfig, require: Callable[[bool, str], None]) -> None:
+def _check_capture(optim: OptimConfig) -> None:
     """A graph is one whole step, of kernels that are the same each time."""
     whole = optim.micro_batch == optim.global_batch
     require(whole, f"optim.capture: needs micro_batch ({optim.micro_batch}) equal to global_batch")
@@ -267,7 +268,7 @@ def _check_capture(optim: OptimConfig, require: Callable[[bool, str], None]) -> 
     require(not optim.checkpoint_activations, "optim.capture: does not go with checkpoint_activations; choose one")
 
 
-def _check_encoder(config: RunConfig, require: Callable[[bool, str], None]) -> None:
+def _check_encoder(config: RunConfig) -> None:
     """An encoder that is trained alone is kept whole, and learns from scenes' patches, as nothing else does."""
     model = config.model
     alone = model.vision is not None and model.language is None and model.path is None
@@ -295,7 +296,7 @@ def _check_encoder(config: RunConfig, require: Callable[[bool, str], None]) -> N
     require(not again, "optim.checkpoint_activations: is of a language model's blocks, and there is none")
 
 
-def _check_lora(config: RunConfig, require: Callable[[bool, str], None]) -> None:
+def _check_lora(config: RunConfig) -> None:
     lora = config.lora
     if lora is None:
         return
@@ -304,10 +305,6 @@ def _check_lora(config: RunConfig, require: Callable[[bool, str], None]) -> None
     require(bool(lora.parts), "lora.parts: is empty; name vision, connector or language")
     for part in lora.parts:
         require(getattr(config.stage, part).lr > 0, f"lora.parts: {part} has no learning rate; give stage.{part}.lr")
-
-
-def checkpoint_ok(checkpoint: CheckpointConfig) -> bool:
-    return checkpoint.every >= 1 and checkpoint.keep >= 1
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -325,11 +322,6 @@ def load_config(file: str | Path, overrides: Sequence[str] = (), **values: Any) 
         ConfigError: an unknown key (with the nearest valid one), a value of the wrong type, a missing field.
     """
     return parse(RunConfig, file, overrides, **values)
-
-
-def load_pipeline(file: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
-    """Read a pipeline's `pipeline.yaml`."""
-    return parse(PipelineConfig, file, overrides)
 
 
 T = typing.TypeVar("T")

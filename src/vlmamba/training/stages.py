@@ -31,7 +31,7 @@ from vlmamba.training.config import (
     RunConfig,
     TokenizerConfig,
     load_config,
-    load_pipeline,
+    parse,
     recipes_folder,
 )
 from vlmamba.training.curve import draw_curves
@@ -101,7 +101,7 @@ def find_pipeline(name: str | Path) -> Path:
 
 def read_pipeline(folder: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     """The pipeline's own file, with the overrides that concern it."""
-    return load_pipeline(folder / PIPELINE_FILE, [o for o in overrides if _is_own(o)])
+    return parse(PipelineConfig, folder / PIPELINE_FILE, [o for o in overrides if _is_own(o)])
 
 
 def stage_config(
