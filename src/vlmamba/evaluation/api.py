@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmamba.evaluation import results, runner
-from vlmamba.evaluation.files import dump_json, naming, write_atomically
+from vlmamba.evaluation.files import naming, write_json
 from vlmamba.evaluation.predictions import join, read_predictions
 from vlmamba.evaluation.task import Example, Joined, Options, Prediction, Task
 from vlmamba.evaluation.tasks import TASKS, get_task
@@ -102,7 +102,7 @@ def score(
     if submissions is not None:
         _submit(task, joined, folder, Path(submissions), say)
     if out is not None:
-        write_atomically(Path(out), dump_json(result))
+        write_json(Path(out), result)
     return result
 
 
@@ -149,7 +149,7 @@ def evaluate(
         joined = join(task, examples, predictions, str(place))
         result = _scored(task, joined, folder, options, run | {"limit": limit}, say)
         _submit(task, joined, folder, place, say)
-        write_atomically(place / "result.json", dump_json(result))
+        write_json(place / "result.json", result)
         finished.append(result)
     return finished
 

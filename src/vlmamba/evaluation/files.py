@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,11 +115,13 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def dump_json(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+def write_json(path: Path, value: Any) -> Path:
+    """The path, after `write_atomically` of the value as JSON."""
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    return path
 
 
-def fingerprint(texts: Iterator[str]) -> str:
+def fingerprint(texts: Iterable[str]) -> str:
     """The first 16 hex digits of the SHA-256 of some texts: names a data set or a set of prompts in a result."""
     digest = hashlib.sha256()
     for text in texts:

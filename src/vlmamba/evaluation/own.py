@@ -75,7 +75,7 @@ def choice(answer: str, truths: Sequence[str], prompt: str) -> float:
     return float(meant is not None and meant != "Z" and meant in true)
 
 
-METRICS: dict[Metric, Callable[[str, Sequence[str], str], float]] = {
+METRICS: dict[str, Callable[[str, Sequence[str], str], float]] = {
     "exact": exact,
     "contains": contains,
     "vqa": vqa,
@@ -104,7 +104,6 @@ class OwnData(Task):
             raise ValueError(f"unknown metric {metric!r}: there are {', '.join(METRICS)}")
         self.metric = metric
         self.max_new_tokens = max_new_tokens
-        self._metric: Metric = metric
         self._images = images
 
     def image_folder(self) -> Path | None:
@@ -153,11 +152,11 @@ class OwnData(Task):
         skills: dict[str, dict[str, Outcome]] = {}
         for example in joined.examples:
             text = answers[example.id].text if example.id in answers else ""
-            value = METRICS[self._metric](text, example.data["truths"], example.prompt)
+            value = METRICS[self.metric](text, example.data["truths"], example.prompt)
             outcomes[example.id] = Outcome(value if example.id in answers else 0.0, text)
             skills.setdefault(example.skill, {})[example.id] = outcomes[example.id]
         by_skill: Mapping[str, float] = {name: 100 * mean_score(part) for name, part in skills.items()}
         headline = 100 * mean_score(outcomes)
         longer = sum(example.data["turns"] > 2 for example in joined.examples)
         notes = [f"{longer} conversations have more turns: only their first question was asked"] if longer else []
-        return Score(headline, {self._metric: headline, "bySkill": by_skill}, outcomes, notes)
+        return Score(headline, {self.metric: headline, "bySkill": by_skill}, outcomes, notes)

@@ -61,20 +61,18 @@ class Section:
     differences: Sequence[Card] = field(default_factory=tuple)
 
 
-def report(
-    run: Path, out: Path, *, compare: Path | None = None, sample: int = 24, seed: int = 0, name: str | None = None
-) -> Path:
+def report(run: Path, out: Path, *, compare: Path | None = None, sample: int = 24) -> Path:
     """Write the page of a run to `out`.
 
     run, compare: a result file, or a folder with one or with one per task. sample: at most so many right, and so many
-    wrong, answers of each benchmark are shown, drawn at random by `seed`. Pictures come from the data folder that the
-    result names; where it is gone the page does without."""
+    wrong, answers of each benchmark are shown, drawn at random, always the same. Pictures come from
+    the data folder that the result names; where it is gone the page does without."""
     found = {r["task"]: r for r in _results(Path(run))}
     others = {r["task"]: r for r in _results(Path(compare))} if compare is not None else {}
     if compare is not None and not set(found) & set(others):
         raise ValueError(f"{run} ({', '.join(found)}) and {compare} ({', '.join(others)}) have no task in common")
-    sections = [_section(found[t], others.get(t), sample, seed) for t in (*TASKS, "own") if t in found]
-    html = page.render(name or Path(run).name, sections, Path(compare).name if compare is not None else None)
+    sections = [_section(found[t], others.get(t), sample) for t in (*TASKS, "own") if t in found]
+    html = page.render(Path(run).name, sections, Path(compare).name if compare is not None else None)
     write_atomically(Path(out), html)
     return Path(out)
 
@@ -94,13 +92,13 @@ def share(name: str, scores: Sequence[float]) -> Share:
     return Share(name, 100 * sum(scores) / len(scores), 100 * low, 100 * high, method, len(scores))
 
 
-def _section(result: Mapping[str, Any], other: Mapping[str, Any] | None, sample: int, seed: int) -> Section:
+def _section(result: Mapping[str, Any], other: Mapping[str, Any] | None, sample: int) -> Section:
     rows = [row for row in result["answers"] if row.get("score") is not None]
     skills: dict[str, list[float]] = {}
     for row in rows:
         skills.setdefault(row["skill"], []).append(row["score"])
     pictures = _Pictures(result)
-    chosen = _sample(rows or result["answers"], sample, random.Random(seed))
+    chosen = _sample(rows or result["answers"], sample, random.Random(0))
     section = Section(
         result,
         share("all", [row["score"] for row in rows]) if rows else None,

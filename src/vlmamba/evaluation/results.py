@@ -5,24 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from vlmamba import __version__
 from vlmamba.evaluation.files import fingerprint, load_json, require
 from vlmamba.evaluation.task import Joined, Options, Score, Task
 from vlmamba.evaluation.uncertainty import standard_error
 
 FORMAT = 1
-
-
-def _software() -> str:
-    try:
-        return version("vlmamba")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def weights_hash(folder: Path) -> str:
@@ -73,7 +66,7 @@ def build(
         "options": {
             "mmbench_rule": options.rule,
             "judge": options.judge.model if options.judge else None,
-            "few_shot": None if options.few_shot is None else fingerprint(iter([options.few_shot])),
+            "few_shot": None if options.few_shot is None else fingerprint([options.few_shot]),
             "judge_runs": options.runs,
         },
         "data": {
@@ -81,7 +74,7 @@ def build(
             "images": str(images) if images is not None else None,
             "questions": fingerprint(f"{e.id}\0{e.target}" for e in joined.examples),
         },
-        "software": f"vlmamba {_software()}",
+        "software": f"vlmamba {__version__}",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "coverage": joined.coverage(),
         "notes": score.notes,

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vlmamba.evaluation.files import dump_json, fingerprint, load_json, write_atomically
+from vlmamba.evaluation.files import fingerprint, load_json, write_json
 from vlmamba.evaluation.task import Example, Task
 
 IDENTITY = "run.json"
@@ -107,7 +107,7 @@ def claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
     path = folder / IDENTITY
     identity = json.loads(json.dumps(identity))
     if not path.exists():
-        write_atomically(path, dump_json(identity))
+        write_json(path, identity)
     other = load_json(path)
     if other != identity:
         names = sorted(k for k in {*other, *identity} if other.get(k) != identity.get(k))

@@ -99,14 +99,12 @@ class Options:
     """What changes a score besides the answers; recorded with every result.
 
     rule: MMBench's rule version. judge: for MM-Vet and what MMBench's rules leave open. few_shot: MM-Vet's official
-    few-shot text, None for our own wording. runs: how often MM-Vet is graded. consistency: whether GQA's is
-    computed; None: where a choices file says that the tier has it."""
+    few-shot text, None for our own wording. runs: how often MM-Vet is graded."""
 
     rule: Rule = "2023-12"
     judge: Judge | None = None
     few_shot: str | None = None
     runs: int = 1
-    consistency: bool | None = None
 
 
 class Task(ABC):

@@ -75,36 +75,36 @@ def options_of(row: Mapping[str, Any]) -> dict[str, str]:
     return {letter: row[letter] for letter in "ABCDEFGH" if row.get(letter) is not None}
 
 
-class _Group:
-    """One question with its circular copies, judged in turn."""
-
-    def __init__(self, rows: Sequence[Mapping[str, Any]], inferred: Sequence[str | None]) -> None:
-        self.rows, self.inferred = rows, list(inferred)
-
-    def hit(self, rule: Rule, ask: AskJudge | None, undecided: list[int]) -> int:
-        # First all copies by rule alone: one wrong copy ends the group before any judge is asked.
-        for row, letter in zip(self.rows, self.inferred):
-            if letter and letter != row["answer"]:
+def _hit(
+    copies: Sequence[Mapping[str, Any]],
+    inferred: Mapping[int, str | None],
+    rule: Rule,
+    ask: AskJudge | None,
+    undecided: list[int],
+) -> int:
+    """1 where a question and all its circular copies are right; what nothing decides is added to `undecided`."""
+    # First all copies by rule alone: one wrong copy ends the group before any judge is asked.
+    if any(inferred[row["index"]] not in (None, row["answer"]) for row in copies):
+        return 0
+    for row in copies:
+        if inferred[row["index"]] is None:
+            letter = _judged(row, rule, ask)
+            if letter is None:
+                undecided.append(row["index"])
+            if letter != row["answer"]:
                 return 0
-        for i, row in enumerate(self.rows):
-            if self.inferred[i] is None:
-                self.inferred[i] = self._judged(row, rule, ask)
-                if self.inferred[i] is None:
-                    undecided.append(row["index"])
-                if self.inferred[i] != row["answer"]:
-                    return 0
-        return 1
+    return 1
 
-    @staticmethod
-    def _judged(row: Mapping[str, Any], rule: Rule, ask: AskJudge | None) -> str | None:
-        if ask is None:
-            return None
-        for _ in range(3):
-            reply = ask(row, row["prediction"])
-            letter = infer_option(reply, options_of(row), rule) if reply is not None else None
-            if letter:
-                return letter
-        return None  # the official tool draws a random option here; ours is wrong, and counted
+
+def _judged(row: Mapping[str, Any], rule: Rule, ask: AskJudge | None) -> str | None:
+    if ask is None:
+        return None
+    for _ in range(3):
+        reply = ask(row, row["prediction"])
+        letter = infer_option(reply, options_of(row), rule) if reply is not None else None
+        if letter:
+            return letter
+    return None  # the official tool draws a random option here; ours is wrong, and counted
 
 
 def _mean(hits: Mapping[int, int], rows: Sequence[Mapping[str, Any]]) -> float:
@@ -126,11 +126,7 @@ def score_mmbench(rows: Sequence[Mapping[str, Any]], rule: Rule = "2023-12", ask
         groups.setdefault(row["index"] % COPY_STRIDE, []).append(row)
     firsts = [row for row in ordered if row["index"] < COPY_STRIDE]
     undecided: list[int] = []
-    hits = {
-        row["index"]: _Group(copies, [inferred[c["index"]] for c in copies]).hit(rule, ask, undecided)
-        for row in firsts
-        for copies in [groups[row["index"]]]
-    }
+    hits = {row["index"]: _hit(groups[row["index"]], inferred, rule, ask, undecided) for row in firsts}
     acc: dict[str, float] = {"Overall": _mean(hits, firsts)} if firsts else {"Overall": 0.0}
     for column in ("l2-category", "category"):
         names = sorted({str(row[column]) for row in firsts if row.get(column) is not None})

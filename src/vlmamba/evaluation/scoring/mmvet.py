@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,12 +49,6 @@ def grade(prompt: str, ask: AskGrade) -> tuple[float, list[str]]:
     return value, replies
 
 
-def _capability_sets(metadata: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, frozenset[str], int]]:
-    counts = Counter(frozenset(item["capability"]) for item in metadata.values())
-    for capabilities, count in counts.most_common():
-        yield "_".join(sorted(capabilities)), capabilities, count
-
-
 def score_mmvet(metadata: Mapping[str, Mapping[str, Any]], grades: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Totals x 100, rounded to one decimal: `total`, `std` and `runs` over runs, `perCapability`,
     `perCapabilitySet`.
@@ -79,8 +73,10 @@ def score_mmvet(metadata: Mapping[str, Mapping[str, Any]], grades: Mapping[str, 
         for capability in set(item["capability"]):
             by_name.setdefault(capability, []).append(qid)
     sets = {
-        name: mean([qid for qid, item in metadata.items() if frozenset(item["capability"]) == capabilities])
-        for name, capabilities, _ in _capability_sets(metadata)
+        "_".join(sorted(chosen)): mean(
+            [qid for qid, item in metadata.items() if frozenset(item["capability"]) == chosen]
+        )
+        for chosen, _ in Counter(frozenset(item["capability"]) for item in metadata.values()).most_common()
     }
     total = per_run(list(metadata))
     return {

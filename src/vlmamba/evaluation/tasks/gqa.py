@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmamba.evaluation.files import (
-    dump_json,
-    find,
-    image_root,
-    load_json,
-    require,
-    require_table,
-    write_atomically,
-)
+from vlmamba.evaluation.files import find, image_root, load_json, require, require_table, write_json
 from vlmamba.evaluation.scoring.gqa import prediction as convert
 from vlmamba.evaluation.scoring.gqa import score_gqa
 from vlmamba.evaluation.task import SHORT_ANSWER, Example, Joined, Options, Outcome, Prediction, Score, Task
@@ -81,8 +73,7 @@ class GQA(Task):
             raise ValueError(f"{choices_file} has no choices for {len(lacking)} questions, such as {lacking[0]}")
         # The tiers that come with choices are those whose entailed questions are in the file; the test-dev file
         # names questions that it does not hold.
-        consistency = choices is not None if options.consistency is None else options.consistency
-        metrics = score_gqa(questions, answers, choices, consistency)
+        metrics = score_gqa(questions, answers, choices, consistency=choices is not None)
         outcomes = {
             qid: Outcome(float(answers.get(qid) == q["answer"]), answers.get(qid, ""))
             for qid, q in questions.items()
@@ -91,13 +82,10 @@ class GQA(Task):
         notes = []
         if choices is None:
             notes.append("no choices file: validity and plausibility are 0, as in the official script")
-        if not consistency:
             notes.append("consistency was not computed and stands at 0, as in the official script")
         return Score(metrics["accuracy"], metrics, outcomes, notes)
 
     def write_submission(self, joined: Joined, folder: Path, out: Path) -> Path | None:
         """`gqa_predictions.json`: [{questionId, prediction}], for the official script and the server."""
-        path = out / "gqa_predictions.json"
         rows = [{"questionId": qid, "prediction": self._converted(p)} for qid, p in joined.last.items()]
-        write_atomically(path, dump_json(rows))
-        return path
+        return write_json(out / "gqa_predictions.json", rows)

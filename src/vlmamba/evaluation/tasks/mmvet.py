@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmamba.evaluation.files import dump_json, image_root, load_json, require, require_table, write_atomically
+from vlmamba.evaluation.files import image_root, load_json, require, require_table, write_json
 from vlmamba.evaluation.scoring.mmvet import grade, judge_prompt, score_mmvet
 from vlmamba.evaluation.task import Example, Joined, Options, Outcome, Prediction, Score, Task
 
@@ -109,7 +109,5 @@ class MMVet(Task):
     def write_submission(self, joined: Joined, folder: Path, out: Path) -> Path | None:
         """`mmvet_result.json`: {"v1_0": text, ...}, what the authors' evaluator reads."""
         answers = joined.last
-        path = out / "mmvet_result.json"
         table = {e.id: answers[e.id].text if e.id in answers else "" for e in joined.examples}
-        write_atomically(path, dump_json(table))
-        return path
+        return write_json(out / "mmvet_result.json", table)

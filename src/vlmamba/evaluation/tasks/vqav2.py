@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vlmamba.evaluation.files import dump_json, find, image_root, load_json, require, require_list, write_atomically
+from vlmamba.evaluation.files import find, image_root, load_json, require, require_list, write_json
 from vlmamba.evaluation.scoring.vqa import normalize_m4c, score_vqav2, vqa_accuracy
 from vlmamba.evaluation.task import SHORT_ANSWER, Example, Joined, Options, Outcome, Score, Task
 
@@ -127,6 +127,5 @@ class VQAv2(Task):
             else [example.question_id for example in joined.examples]
         )
         answers = {e.question_id: p.text if p.verbatim else normalize_m4c(p.text) for e, p in joined.pairs}
-        path = out / "vqav2_submission.json"
-        write_atomically(path, dump_json([{"question_id": qid, "answer": answers.get(qid, "")} for qid in ids]))
-        return path
+        rows = [{"question_id": qid, "answer": answers.get(qid, "")} for qid in ids]
+        return write_json(out / "vqav2_submission.json", rows)
