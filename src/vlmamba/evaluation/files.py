@@ -115,9 +115,13 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def dump_json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> Path:
     """The path, after `write_atomically` of the value as JSON."""
-    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(path, dump_json(value))
     return path
 
 
