@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlmamba.models import images
 from vlmamba.models.images import MAX_PADDED_SIDE, crop_strip, pad_to_square, read_image
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -82,10 +83,11 @@ def test_bomb_is_refused_before_decoding(size):
         read_image(header_only_png(*size))
 
 
-def test_own_limit():
-    with pytest.raises(ValueError, match="8 x 4 pixels; at most"):
-        read_image(half_and_half(), max_pixels=31)
-    assert read_image(half_and_half(), max_pixels=32).size == (8, 4)
+def test_limit_holds_for_pictures_in_memory_too(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 32)
+    assert read_image(half_and_half()).size == (8, 4)
+    with pytest.raises(ValueError, match="9 x 4 pixels; at most"):
+        read_image(Image.new("RGB", (9, 4)))
 
 
 def test_animated_gif_gives_its_first_frame():

@@ -23,6 +23,7 @@ from vlmamba.data.sampling import Key, Order, Ordering, Row
 from vlmamba.data.sources import Source, SourceConfig, open_source
 
 Encode = Callable[[Record], Example]
+_AHEAD = 3  # micro-batches that each worker prepares in advance
 
 
 @dataclass
@@ -90,7 +91,6 @@ class Feed:
         micro_batch: rows of a micro-batch.
         workers: processes that read ahead; 0 reads in this one.
         pinned: copy batches to page-locked memory, for a device.
-        ahead: micro-batches that each worker prepares in advance.
 
     Raises:
         ValueError: the micro-batches of a step cannot be dealt out evenly.
@@ -103,13 +103,11 @@ class Feed:
         micro_batch: int,
         workers: int = 0,
         pinned: bool = False,
-        ahead: int = 3,
         rank: int = 0,
         world: int = 1,
     ):
         self.data, self.order, self.micro_batch = data, order, micro_batch
-        self.workers, self.pinned, self.ahead = workers, pinned, ahead
-        self.rank, self.world = rank, world
+        self.workers, self.pinned, self.rank, self.world = workers, pinned, rank, world
         self.per_step, rest = divmod(-(-order.batch // micro_batch), world)
         if rest:
             raise ValueError(
@@ -126,7 +124,7 @@ class Feed:
             sampler=Plan(self.order, self.micro_batch, first_step, self.rank, self.world),
             num_workers=self.workers,
             pin_memory=self.pinned,
-            prefetch_factor=self.ahead if self.workers else None,
+            prefetch_factor=_AHEAD if self.workers else None,
             worker_init_fn=_settle,
             multiprocessing_context=context() if self.workers else None,
             generator=torch.Generator(),  # a loader draws a seed for its workers: not from the run's own numbers

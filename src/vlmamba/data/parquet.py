@@ -41,9 +41,10 @@ class ParquetRows:
             except (arrow.ArrowException, OSError) as error:
                 raise ValueError(f"{file}: is not a parquet file that can be read: {error}") from None
             for group in range(data.num_row_groups):
+                rows = data.row_group(group)
                 places.append((file, group))
-                sizes.append(data.row_group(group).num_rows)
-                weights.append(sum(_stored(data.row_group(group), c) for c in range(data.num_columns)))
+                sizes.append(rows.num_rows)
+                weights.append(sum(rows.column(c).total_compressed_size for c in range(data.num_columns)))
         self._places, self.sizes = places, tuple(sizes)
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self.span = max(1, int(MEMORY / max(1.0, float(np.mean(weights or [1])))))
@@ -127,10 +128,6 @@ def _matching(pattern: str) -> list[Path]:
     if not found:
         raise ValueError(f"{pattern}: no such parquet file")
     return found
-
-
-def _stored(group: Any, column: int) -> int:
-    return int(group.column(column).total_compressed_size)
 
 
 def _columns(names: list[str], file: Path) -> tuple[str | None, str, bool]:

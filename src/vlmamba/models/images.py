@@ -36,19 +36,19 @@ _UPRIGHT = {
 }
 
 
-def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(source: ImageSource) -> Image.Image:
     """Read a picture from a path, from encoded bytes or from a Pillow image, as upright RGB.
 
     The first frame of an animation; EXIF rotation applied; transparency composited on white; 16-bit and float
     samples scaled to 8 bits; CMYK and palettes converted.
 
     Raises:
-        ValueError: no such file, not an image, damaged or truncated, or more than `max_pixels` pixels. The message
+        ValueError: no such file, not an image, damaged or truncated, or more than MAX_PIXELS pixels. The message
             names the file.
     """
     with warnings.catch_warnings():  # what Pillow warns of, is decided and said here
         warnings.simplefilter("ignore")
-        return _read(source, _name_of(source), max_pixels)
+        return _read(source, _name_of(source))
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
@@ -83,12 +83,12 @@ def crop_strip(image: Image.Image, ratio: int = 16) -> Image.Image:
     return image.crop((left, top, width - left, height - top))
 
 
-def _read(source: ImageSource, name: str, max_pixels: int) -> Image.Image:
+def _read(source: ImageSource, name: str) -> Image.Image:
     image = _open(source, name)
     width, height = image.size
-    if width * height > max_pixels:
+    if width * height > MAX_PIXELS:
         raise ValueError(
-            f"{name} is {width} x {height} pixels; at most {max_pixels / 1e6:.0f} million are read. Scale it down first"
+            f"{name} is {width} x {height} pixels; at most {MAX_PIXELS / 1e6:.0f} million are read. Scale it down first"
         )
     if width == 0 or height == 0:
         raise ValueError(f"{name} is {width} x {height} pixels: nothing to see")

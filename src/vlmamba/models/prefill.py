@@ -355,7 +355,9 @@ def read(
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or model.training:
         return None
     (batch, length), slots = tokens.shape[:2], None if state is None else state.slots
-    if (slots is not None and (length == 1 or slots != batch)) or _is_capturing(tokens):
+    if slots is not None and (length == 1 or slots != batch):
+        return None
+    if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     on_gpu = tokens.is_cuda and not torch.is_autocast_enabled("cuda")
     if inputs_embeds is not None and inputs_embeds.dtype != model.lm_head.weight.dtype:
@@ -371,10 +373,6 @@ def read(
     if logits is None and length > piece_of(batch):
         logits = _through_modules(model, prompt, state)
     return None if logits is None else (logits, state)
-
-
-def _is_capturing(tokens: Tensor) -> bool:
-    return tokens.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _through_modules(model: nn.Module, prompt: Prompt, state: MambaState | None) -> Tensor:

@@ -198,14 +198,11 @@ class _Memory:
         backward = inside + b * (4 * D + d) + stream  # gradients of xz, conv, dt, y on top of what is read
         # Embeddings and the embeddings with images in them; the final norm's input and output.
         ends = 2 * 4 * d + stream + b * d
-        if not self._through_language():
+        if not self.learns:
             return tokens * ends, tokens * inside
         again = float(self.config.optim.checkpoint_activations)
         kept = layers * (stream + (1 - again) * inside) + ends
         return tokens * kept, tokens * backward
-
-    def _through_language(self) -> bool:
-        return bool(self.learns & {"language", "connector"}) or "vision" in self.learns
 
     def _casts(self) -> float:
         """bf16 copies of weights that autocast holds during the forward pass; FSDP gathers bf16 weights instead."""

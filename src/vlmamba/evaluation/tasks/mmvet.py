@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from vlmamba.evaluation.files import image_root, load_json, require, require_table, write_json
 from vlmamba.evaluation.scoring.mmvet import grade, judge_prompt, score_mmvet
@@ -60,8 +62,7 @@ class MMVet(Task):
             for qid, item in table.items()
         ]
 
-    def locate(self, prediction: Prediction, index: object) -> str | None:
-        assert isinstance(index, dict)
+    def locate(self, prediction: Prediction, index: Mapping[Any, Example]) -> str | None:
         key = str(prediction.question_id)
         return next((k for k in (key, f"v1_{key}") if k in index), None)  # LLaVA's answer files count without v1_
 

@@ -95,7 +95,6 @@ class VQAv2(Task):
             outcomes = {e.id: Outcome(None, normalize_m4c(p.text)) for e, p in joined.pairs}
             return Score(None, {}, outcomes, ["test-dev has no public answers: submit the file to the VQA server"])
         annotations = [example.data["truth"] for example in joined.examples]
-        raw = {p.question_id: p for p in joined.last.values()}
         as_is = {e.question_id: p.text for e, p in joined.pairs}
         # LLaVA sends each answer through TextVQA's normaliser before it submits it; "mother's" can then never match.
         submitted = {qid: normalize_m4c(text) for qid, text in as_is.items()}
@@ -104,7 +103,7 @@ class VQAv2(Task):
             "official_on_llava_submission": score_vqav2(annotations, submitted),
         }
         # A file in the challenge's own format is scored as it stands; an answer file as LLaVA would submit it.
-        verbatim = all(p.verbatim for p in raw.values())
+        verbatim = all(p.verbatim for p in joined.last.values())
         chosen, final = ("raw_results", as_is) if verbatim else ("llava_submission", submitted)
         report = reports[f"official_on_{chosen}"]
         outcomes = {
