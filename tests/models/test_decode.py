@@ -11,10 +11,11 @@ from transformers import MambaConfig
 from vlmamba.models import MambaState, VLMambaForCausalLM, decode
 from vlmamba.models.decode import Decoder, generate_tokens, structure_refusal
 
+SIZES = {"vocab_size": 67, "hidden_size": 24, "num_hidden_layers": 3, "state_size": 8, "time_step_rank": 5}
+
 
 def config(**options) -> MambaConfig:
-    sizes = {"vocab_size": 67, "hidden_size": 24, "num_hidden_layers": 3, "state_size": 8, "time_step_rank": 5}
-    return MambaConfig(pad_token_id=0, eos_token_id=1, **(sizes | options))
+    return MambaConfig(pad_token_id=0, eos_token_id=1, **(SIZES | options))
 
 
 def make(device: str = "cpu", dtype: torch.dtype = torch.float32, **options) -> VLMambaForCausalLM:

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_decode import SIZES, config, make, plain, tokens
 from torch import nn
 from torch.testing import assert_close
-from transformers import MambaConfig, SiglipVisionConfig
+from transformers import SiglipVisionConfig
 
 from vlmamba import VLMambaConfig, VLMambaForConditionalGeneration, ops
 from vlmamba.models import MambaState, VLMambaForCausalLM, decode
@@ -19,31 +20,10 @@ from vlmamba.ops import native
 
 pytestmark = pytest.mark.skipif(native.refusal() is not None, reason=str(native.refusal()))
 
-SIZES = {"vocab_size": 67, "hidden_size": 24, "num_hidden_layers": 3, "state_size": 8, "time_step_rank": 5}
-
-
-def make(dtype: torch.dtype = torch.float32, **options) -> VLMambaForCausalLM:
-    torch.manual_seed(1)
-    model = VLMambaForCausalLM(MambaConfig(pad_token_id=0, eos_token_id=1, **(SIZES | options))).eval()
-    for name, p in model.named_parameters():
-        if name.endswith(("conv1d.bias", "norm.weight", "D")):
-            nn.init.normal_(p, 1.0 if "norm" in name else 0.0, 0.3)
-    return model.to(dtype)
-
 
 @pytest.fixture
 def model() -> VLMambaForCausalLM:
     return make()
-
-
-def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(2, 67, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def plain(model: VLMambaForCausalLM, ids: torch.Tensor, state: MambaState) -> torch.Tensor:
-    """Logits (B, V) of the last position, through the modules."""
-    hidden = model.backbone(ids, cache_params=state, use_cache=True).last_hidden_state
-    return model.lm_head(hidden[:, -1])
 
 
 def begun(model: VLMambaForCausalLM, batch: int) -> MambaState:
@@ -98,7 +78,7 @@ def test_narrower_hosts(lanes, monkeypatch):
     monkeypatch.setattr(cpu, "native", narrow)  # for the step alone: the modules keep the code they have
     for window, int8 in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
         cpu._compiled.cache_clear()
-        model = make(window, hidden_size=41)
+        model = make(dtype=window, hidden_size=41)
         fused, ours, theirs = decoder(model, int8), begun(model, 2), begun(model, 2)
         bound = 0.05 if int8 or window == torch.bfloat16 else 5e-6
         for i in range(4):
@@ -124,7 +104,7 @@ def test_states_pass_between_step_and_modules(model):
 
 @torch.no_grad()
 def test_bfloat16_is_no_further_from_the_truth_than_the_modules():
-    model = make(torch.bfloat16, hidden_size=64, state_size=16)
+    model = make(dtype=torch.bfloat16, hidden_size=64, state_size=16)
     exact = make(hidden_size=64, state_size=16)
     exact.load_state_dict(model.state_dict())
     exact = exact.double()
@@ -219,16 +199,16 @@ def test_generate_uses_the_step(model, monkeypatch):
 
 @torch.no_grad()
 def test_a_vision_language_model_takes_the_step_for_words_alone():
-    config = VLMambaConfig(
+    whole = VLMambaConfig(
         vision_config=SiglipVisionConfig(
             image_size=16, patch_size=4, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
             num_attention_heads=2,
         ),
-        text_config=MambaConfig(pad_token_id=0, eos_token_id=1, **SIZES),
+        text_config=config(),
         image_token_id=66,
         num_text_tokens=60,
     )  # fmt: skip
-    model = VLMambaForConditionalGeneration(config).eval()
+    model = VLMambaForConditionalGeneration(whole).eval()
     state = begun(model.language_model, 1)
     again = state.clone()
     logits = model(torch.tensor([[5]]), cache_params=state).logits
@@ -262,8 +242,8 @@ def test_changed_weights_and_int8_make_a_new_step(model):
 @torch.no_grad()
 def test_refusals(model, recwarn):
     assert decode.refusal(model) is None
-    assert decode.refusal(make(torch.float64)) == "the cpu kernels are not in use"
-    assert "float16" in decode.refusal(make(torch.float16))
+    assert decode.refusal(make(dtype=torch.float64)) == "the cpu kernels are not in use"
+    assert "float16" in decode.refusal(make(dtype=torch.float16))
     assert "training" in decode.refusal(make().train())
     handle = model.backbone.layers[0].mixer.register_forward_hook(lambda *_: None)
     for _ in range(2):

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_decode import config, tokens
 from torch.testing import assert_close
-from transformers import MambaConfig
 from transformers import MambaForCausalLM as TransformersMamba
 
 from vlmamba.models import MambaState, VLMambaForCausalLM
 from vlmamba.models.names import to_runtime
 
 
-def tiny_config(**options) -> MambaConfig:
-    sizes = {"vocab_size": 67, "hidden_size": 24, "num_hidden_layers": 3, "state_size": 8, "time_step_rank": 5}
-    return MambaConfig(pad_token_id=0, eos_token_id=1, **(sizes | options))
-
-
 @pytest.fixture
 def pair() -> tuple[TransformersMamba, VLMambaForCausalLM]:
     """transformers' model with random weights and ours with the same ones, through our renaming."""
     torch.manual_seed(0)
-    theirs = TransformersMamba(tiny_config()).eval()
+    theirs = TransformersMamba(config()).eval()
     for name, p in theirs.named_parameters():
         if name.endswith(("conv1d.bias", "norm.weight", "D")):
             torch.nn.init.normal_(p, 1.0 if "norm" in name else 0.0, 0.3)
-    ours = VLMambaForCausalLM(tiny_config()).eval()
+    ours = VLMambaForCausalLM(config()).eval()
     ours.load_state_dict({to_runtime(k): v for k, v in theirs.state_dict().items()})
     return theirs, ours
 
@@ -33,11 +28,7 @@ def pair() -> tuple[TransformersMamba, VLMambaForCausalLM]:
 @pytest.fixture
 def model() -> VLMambaForCausalLM:
     torch.manual_seed(1)
-    return VLMambaForCausalLM(tiny_config()).eval()
-
-
-def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(2, 67, shape, generator=torch.Generator().manual_seed(seed))
+    return VLMambaForCausalLM(config()).eval()
 
 
 @pytest.mark.parametrize("length", [1, 5, 63])
@@ -226,6 +217,6 @@ def test_state_saves_branches_and_scatters(model, tmp_path):
 
 
 @torch.no_grad()
-def test_gradient_does_not_need_the_state(model):
+def test_no_state_is_kept_unasked(model):
     out = model(tokens(1, 4), use_cache=False)
     assert out.cache_params is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 
 import numpy as np
@@ -387,12 +386,6 @@ def test_round_trip(processor, tmp_path):
 def test_folder_without_a_processor(tmp_path):
     with pytest.raises(ValueError, match="no processor_config"):
         VLMambaProcessor.from_pretrained(tmp_path)
-
-
-def test_stream_of_bytes_is_read_once(processor):
-    stream = io.BytesIO()
-    picture().save(stream, "PNG")
-    assert processor.image_pixels(stream.getvalue()).shape == (3, 24, 24)
 
 
 # ---------------------------------------------------------------------- from parts

@@ -105,14 +105,6 @@ def test_attention_is_sdpa_and_bf16_runs():
     assert patches.dtype == torch.bfloat16
 
 
-def test_gradient_only_if_trainable():
-    tower = tower_of(clip())
-    pixels = torch.randn(1, 3, 40, 40)
-    assert tower(pixels)[0].requires_grad
-    tower.requires_grad_(False)
-    assert not tower(pixels)[0].requires_grad
-
-
 @pytest.mark.parametrize(
     ("make", "kwargs", "words"),
     [
