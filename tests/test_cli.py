@@ -78,9 +78,9 @@ def test_training_overrides_with_and_without_dashes():
 # ---------------------------------------------------------------------- ask
 
 
-def asking(picture: object, model: object) -> tuple[object, ...]:
+def asking(picture: object, model: object, question: str = "What is this?") -> tuple[object, ...]:
     """Arguments of a short question."""
-    return ("ask", picture, "What is this?", "--model", str(model), "--device", "cpu", "--max-new-tokens", "4")
+    return ("ask", picture, question, "--model", str(model), "--device", "cpu", "--max-new-tokens", "4")
 
 
 def test_ask_answers(capsys, tiny_model, picture):
@@ -102,18 +102,7 @@ def test_int8_is_a_way_to_read_weights(capsys, tiny_model, picture):
 
 
 def test_a_literal_placeholder_in_a_question_is_text(capsys, tiny_model, picture):
-    code, _, err = run(
-        capsys,
-        "ask",
-        picture,
-        "is <image> a tag?",
-        "--model",
-        str(tiny_model),
-        "--device",
-        "cpu",
-        "--max-new-tokens",
-        "1",
-    )
+    code, _, err = run(capsys, *asking(picture, tiny_model, "is <image> a tag?"))
     assert (code, err) == (0, "")
 
 
@@ -433,18 +422,6 @@ def test_eval_of_own_questions_then_score(capsys, tiny_model, own_questions, tmp
     code, _, _ = run(capsys, "report", str(out), "--output", str(page), "--compare", str(tmp_path / "result.json"))
     assert code == 0
     assert page.read_text().lower().startswith("<!doctype html")
-
-
-def test_batched_answers_equal_single_ones(loaded, tiny_model, picture):
-    from pathlib import Path
-
-    from vlmamba.commands.evaluate import answerer_of
-    from vlmamba.evaluation.runner import Request
-
-    answerer = answerer_of(loaded, "tiny", Path(tiny_model))
-    texts = ["What is it?", "And what is that thing there in the corner?", "no picture here"]
-    requests = [Request(str(i), text, Path(picture) if i < 2 else None, 5) for i, text in enumerate(texts)]
-    assert answerer.answer(requests) == [answerer.answer([request])[0] for request in requests]
 
 
 @pytest.mark.parametrize(

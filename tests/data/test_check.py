@@ -13,7 +13,7 @@ from PIL import Image
 from vlmamba.cli import main
 from vlmamba.data import check as module
 from vlmamba.data.check import check, tell
-from vlmamba.data.places import MIX_665K, place_of
+from vlmamba.data.places import MIX_665K
 from vlmamba.data.records import BadSampleError
 from vlmamba.data.sources import LlavaConfig, LlavaSource
 
@@ -124,13 +124,6 @@ def test_pretraining_pictures_are_one_download(tmp_path: Path, capsys) -> None:
     assert "1  surplus" in said
     assert said.count("LLaVA-Pretrain/resolve/main/images.zip") == 1
     assert "to download: 27.4 GB; room for 55 GB" in said
-
-
-def test_pretraining_pictures_have_one_place() -> None:
-    place = place_of("00453", "blip_laion_cc_sbu_558k.json")
-    assert place is not None
-    assert "LLaVA-Pretrain" in place.archive
-    assert place_of("mine", "my.json") is None
 
 
 def test_a_clean_file_passes(tmp_path: Path, capsys) -> None:

@@ -34,10 +34,14 @@ def shape(name: str, colour: str, px: int, x: float, y: float, fill: str = "soli
     return Item("shape", name, colour, fill, size, px, x, y, px, px)
 
 
-def classes_of(scene: Scene) -> np.ndarray:
+def marks_of(scene: Scene, size: int = 128) -> list[Mark]:
     marks: list[Mark] = []
-    render(scene, marks=marks)
-    return patch_classes(marks, 128, 16, 16)
+    render(scene, size, marks)
+    return marks
+
+
+def classes_of(scene: Scene) -> np.ndarray:
+    return patch_classes(marks_of(scene), 128, 16, 16)
 
 
 def test_marks_change_no_pixel() -> None:
@@ -59,7 +63,7 @@ def test_an_item_is_where_its_marks_say(size: int) -> None:
         marks: list[Mark] = []
         whole = np.asarray(render(scene, size, marks)).astype(int)
         last = scene.items.pop()
-        own = marks[len(_marks(scene, size)) :]
+        own = marks[len(marks_of(scene, size)) :]
         assert len(own) == (len(last.text.replace(" ", "")) if last.written else 1)
         changed = (np.asarray(render(scene, size)) != whole).any(-1)
         boxes = np.zeros_like(changed)
@@ -72,12 +76,6 @@ def test_an_item_is_where_its_marks_say(size: int) -> None:
                 assert part[mark.cover].mean() > 0.9
         assert changed.any()
         assert not changed[~boxes].any()
-
-
-def _marks(scene: Scene, size: int) -> list[Mark]:
-    marks: list[Mark] = []
-    render(scene, size, marks)
-    return marks
 
 
 @pytest.mark.parametrize("face", [0, 1, 4])
@@ -101,12 +99,12 @@ def test_characters_spell_the_text(text: str, px: int, face: int) -> None:
 def test_a_character_is_where_it_is_drawn(px: int) -> None:
     """Its ink lies within its box, give or take a pixel of overhang."""
     scene = written("Hawk", px)
-    marks = _marks(scene, 128)
+    marks = marks_of(scene)
     for number, mark in enumerate(marks):
         shown = written("Hawk"[: number + 1], px)
         # The same word cut off after this letter, beginning at the same place.
         left = marks[0].box[0]
-        shorter = _marks(shown, 128)
+        shorter = marks_of(shown)
         shift = left - shorter[0].box[0]
         assert abs(shorter[-1].box[0] + shift - mark.box[0]) <= 1.5
         assert abs(shorter[-1].box[2] + shift - mark.box[2]) <= 1.5

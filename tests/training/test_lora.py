@@ -17,6 +17,7 @@ from vlmamba.training.config import ConfigError, LoraConfig
 from vlmamba.training.launch import make_feed, make_step, whole_state
 from vlmamba.training.lora import add_adapters, find_targets, merged
 from vlmamba.training.metrics import read_metrics
+from vlmamba.training.optimizer import part_of
 
 peft = pytest.importorskip("peft")
 
@@ -65,7 +66,7 @@ def check_targets(recipe: Any, device: torch.device, template: str = "v1") -> No
         assert all(layer.lora_B.default.weight.grad.abs().sum() > 0 for layer in mine), target
     before = logits(model, inputs)
     for part, target in TARGETS:
-        mine = [n for n in names if f".{n}".endswith(f".{target}") and build_part(n) == part]
+        mine = [n for n in names if f".{n}".endswith(f".{target}") and part_of(f"{n}.weight") == part]
         with torch.no_grad():
             for name in mine:
                 layers[name].lora_B.default.weight.normal_()
@@ -75,12 +76,6 @@ def check_targets(recipe: Any, device: torch.device, template: str = "v1") -> No
             for name in mine:
                 layers[name].lora_B.default.weight.zero_()
     assert torch.equal(logits(model, inputs), before)
-
-
-def build_part(name: str) -> str:
-    from vlmamba.training.optimizer import part_of
-
-    return part_of(f"{name}.weight")
 
 
 @pytest.mark.parametrize("implementation", ["reference", "cpu"])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
 
 from vlmamba.cli import main
 from vlmamba.training import build
-from vlmamba.training.config import ConfigError
-from vlmamba.training.estimate import estimate
+from vlmamba.training.config import ConfigError, to_mapping
+from vlmamba.training.estimate import _Memory, estimate
 from vlmamba.training.launch import make_feed, make_step
 from vlmamba.training.outline import outline
 from vlmamba.training.plan import dry_run, overfit
@@ -41,8 +42,6 @@ def test_activations_as_counted(recipe) -> None:
     step = make_step(built, processor, config, torch.device("cpu"))
     batch = next(make_feed(config, processor, torch.device("cpu")).batches())[0]
     counted = estimate(config, "cpu")
-    from vlmamba.training.estimate import _Memory
-
     memory = _Memory(built, config, "cpu", 1)
     tokens = batch.input_ids.numel()
     expected = memory._layers(tokens)[0] + memory._connector(len(batch.pixels))
@@ -95,10 +94,6 @@ def test_one_batch_is_learned_by_heart(recipe) -> None:
 
 
 def test_from_the_command_line(recipe, tmp_path, capsys) -> None:
-    import yaml
-
-    from vlmamba.training.config import to_mapping
-
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(to_mapping(recipe())))
     assert main(["train", str(file), "--dry-run"]) == 0
@@ -118,10 +113,6 @@ def test_from_the_command_line(recipe, tmp_path, capsys) -> None:
     ],
 )
 def test_the_recipe_may_be_an_option(recipe, tmp_path, capsys, words) -> None:
-    import yaml
-
-    from vlmamba.training.config import to_mapping
-
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(to_mapping(recipe())))
     assert main(["train", *(word.format(file) for word in words)]) == 0

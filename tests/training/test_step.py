@@ -93,14 +93,11 @@ def test_decay_spares_ssm_parameters_norms_and_biases(recipe) -> None:
 
 
 def test_ssm_parameters_are_named_as_they_are_spared() -> None:
-    matrix = torch.nn.Parameter(torch.zeros(2, 2))
-    assert [is_decayed(n, matrix) for n in ("a.A_log", "ssm.D", "ssm.dt_bias", "dt_proj.weight", "x.bias")] == [
-        False,
-        False,
-        False,
-        True,
-        False,
-    ]
+    matrix, names = (
+        torch.nn.Parameter(torch.zeros(2, 2)),
+        ("a.A_log", "ssm.D", "ssm.dt_bias", "dt_proj.weight", "x.bias"),
+    )
+    assert [name for name in names if is_decayed(name, matrix)] == ["dt_proj.weight"]
 
 
 def test_a_part_that_is_not_there(recipe) -> None:
@@ -131,13 +128,10 @@ def test_a_batch_with_nothing_to_learn(recipe) -> None:
 
 @pytest.mark.parametrize("flag", ["checkpoint_activations", "compile"])
 def test_flags_change_nothing(recipe, flag, monkeypatch) -> None:
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: type(self).compile_eager(self), raising=False)
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "compile_eager",
-        lambda self: setattr(self, "_compiled_call_impl", torch.compile(self._call_impl, backend="eager")),
-        raising=False,
-    )
+    def compile_eager(self: torch.nn.Module) -> None:
+        self._compiled_call_impl = torch.compile(self._call_impl, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eager)
     plain, batch = make_step(recipe())
     flagged, same = make_step(recipe(optim={flag: True}))
     assert flagged(same).read() == pytest.approx(plain(batch).read(), rel=1e-5)
