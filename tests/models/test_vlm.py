@@ -73,7 +73,7 @@ def test_every_connector_over_every_tower(connector, vision, cls):
 def test_image_takes_the_place_of_its_placeholders():
     model = tiny()
     ids, image = prompt(7, "image", 9), pixels(1)
-    embeds = model.embed(ids, image)
+    embeds, _ = model._with_images(ids, image)
     assert_close(embeds[:, 1:17], model.get_image_features(image))
     assert_close(model(inputs_embeds=embeds).logits, model(ids, image).logits)
     different = model(ids, pixels(1, seed=1)).logits

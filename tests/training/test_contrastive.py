@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import SiglipVisionConfig
+from test_patches import small_tower
 
-from vlmamba.models.vision import build_vision_tower
 from vlmamba.models.weights import load_vision
 from vlmamba.training.config import ConfigError
 from vlmamba.training.contrastive import ContrastivePairs
@@ -21,11 +20,7 @@ KINDS = ("softmax", "sigmoid")
 
 
 def small(kind: str) -> ContrastivePairs:
-    torch.manual_seed(0)
-    config = SiglipVisionConfig(
-        image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    return ContrastivePairs(build_vision_tower(config, -1), 50, kind)
+    return ContrastivePairs(small_tower(), 50, kind)
 
 
 def batch(rows: int = 4) -> dict[str, torch.Tensor]:

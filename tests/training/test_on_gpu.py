@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import Job, run_jobs
+from test_trainer import after
 
 from vlmamba.models.vlm import VLMambaForConditionalGeneration
 from vlmamba.training import run
 from vlmamba.training.metrics import read_metrics
-from vlmamba.training.step import Step
 from vlmamba.training.trainer import Interrupted
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -43,15 +43,7 @@ def test_cpu_and_cuda_agree(recipe, tmp_path) -> None:
 
 def test_it_goes_on_where_it_stopped(recipe, tmp_path, monkeypatch) -> None:
     run(recipe(output=str(tmp_path / "whole"), **CUDA))
-    original, calls = Step.__call__, []
-
-    def call(self, *arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *arguments)
-
-    monkeypatch.setattr(Step, "__call__", call)
+    after(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     cut = recipe(output=str(tmp_path / "cut"), **CUDA)
     with pytest.raises(Interrupted):
         run(cut)

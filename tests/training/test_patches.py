@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import SiglipVisionConfig
 
 from vlmamba.data.scenes import FIELDS
-from vlmamba.models.vision import build_vision_tower
+from vlmamba.models.vision import VisionTower, build_vision_tower
 from vlmamba.models.weights import load_vision
 from vlmamba.training.build import build
 from vlmamba.training.config import ConfigError
@@ -44,12 +44,17 @@ def alone(recipe, tokenizer_folder: Path):
     return make
 
 
-def small() -> PatchReader:
+def small_tower() -> VisionTower:
+    """Of two by two patches."""
     torch.manual_seed(0)
     config = SiglipVisionConfig(
         image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
-    return PatchReader(build_vision_tower(config, -1))
+    return build_vision_tower(config, -1)
+
+
+def small() -> PatchReader:
+    return PatchReader(small_tower())
 
 
 def test_loss_is_that_of_every_field() -> None:

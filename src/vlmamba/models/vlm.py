@@ -90,18 +90,7 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, RecurrentGeneratio
             patches, grid = tower(pixel_values.to(next(tower.parameters()).dtype))
         return self.connector(patches, grid)
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
-        """Token embeddings (B, L, d) with the images' tokens in place of their placeholders."""
-        if pixel_values is None:
-            words, check = self._words(input_ids)
-            embeds = self.get_input_embeddings()(words)
-        else:
-            embeds, check = self._with_images(input_ids, pixel_values)
-        if check is not None:
-            check()
-        return embeds
-
-    def _words(self, input_ids: Tensor, seen: bool = False) -> tuple[Tensor, Check | None]:
+    def _words(self, input_ids: Tensor, seen: bool) -> tuple[Tensor, Check | None]:
         """Ids (B, L) of text alone, and a check that they are, if it is still to be made."""
         is_image = input_ids == self.config.image_token_id
         words = input_ids.masked_fill(is_image, 0)
