@@ -17,8 +17,6 @@ ALLOWED = {
     "data": {"models.processor"},
     "training": {"models", "data"},
     "evaluation": {"models.processor"},
-    "inference": {"models", "ops"},
-    "serving": {"inference"},
 }
 
 

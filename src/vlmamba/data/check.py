@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from PIL import Image
 
 from vlmamba.data.entries import Entries
 from vlmamba.data.parquet import ParquetRows, is_parquet
-from vlmamba.data.places import JSON_FILES, Place, folder_of, place_of
+from vlmamba.data.places import JSON_FILES, folder_of, place_of
 from vlmamba.data.processes import cores, in_parallel
 from vlmamba.data.records import PLACEHOLDER, SUFFIXES, BadSampleError, image_files, llava_record, locate, speeches
 from vlmamba.models.processor import read_image
@@ -169,8 +170,7 @@ def _kinds(entry: dict[str, Any], files: list[str]) -> list[str]:
 def _check_rows(rows: ParquetRows, report: Report, workers: int) -> None:
     """A parquet's samples, pictures included: they are decoded, being at hand."""
     report.samples = len(rows)
-    starts = [sum(rows.sizes[:group]) for group in range(len(rows.sizes))]
-    groups = [range(start, start + size) for start, size in zip(starts, rows.sizes, strict=True)]
+    groups = [range(end - size, end) for end, size in zip(accumulate(rows.sizes), rows.sizes, strict=True)]
     for found in in_parallel(partial(_look_at_rows, rows), groups, "row groups", workers):
         for index, images, problem in found:
             report.kinds.update([("without image", "with one image", "with several images")[min(images, 2)]])
@@ -298,23 +298,21 @@ def tell(report: Report, limit: float) -> Iterator[str]:
     yield f"{report.file}: {report.samples:,} samples, looked at in {report.seconds:.0f} s"
     for kind, count in sorted(report.kinds.items(), key=lambda item: -item[1]):
         yield f"  {count:>9,}  {kind}"
+    lacking = 0.0
     for folder, part in report.parts.items():
         yield f"{folder or 'pictures'}/: {part.found:,} of {part.referenced:,} pictures, {part.bytes / 1e9:.2f} GB"
         yield from _tell_part(part)
-        place = _place(report, folder)
+        place = place_of(folder, Path(report.file).name)
         if place is not None and part.missing:
+            lacking += place.gigabytes
             times = ", ".join(f"{place.gigabytes * 1e9 / pace / 3600:.1f} h at {name}" for name, pace in _PACES.items())
             yield f"  get {place.name} ({place.page}):"
             yield f"    {place.archive}"
             yield f"    {place.files:,} files, {place.gigabytes:g} GB, {times}; {place.how}"
     if report.images is None and not is_parquet(report.file):
         yield "pictures were not looked at; name their folder with --images DIR"
-    lacking = {
-        folder: place for folder, part in report.parts.items() if part.missing and (place := _place(report, folder))
-    }
     if lacking:
-        gigabytes = sum(place.gigabytes for place in lacking.values())
-        yield f"to download: {gigabytes:.1f} GB; room for {2 * gigabytes:.0f} GB, half of it until all is unpacked"
+        yield f"to download: {lacking:.1f} GB; room for {2 * lacking:.0f} GB, half of it until all is unpacked"
     if report.milliseconds is not None:
         rate = 1000 / report.milliseconds
         yield f"decoding takes {report.milliseconds:.1f} ms a picture: {rate:,.0f} a second and core, before resizing"
@@ -325,10 +323,6 @@ def tell(report: Report, limit: float) -> Iterator[str]:
         yield f"  {reason}"
     if len(report.unusable) > 5:
         yield f"  and {len(report.unusable) - 5:,} more; --report FILE lists them all"
-
-
-def _place(report: Report, folder: str) -> Place | None:
-    return place_of(folder, Path(report.file).name)
 
 
 def _tell_part(part: Part) -> Iterator[str]:

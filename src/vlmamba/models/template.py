@@ -57,7 +57,6 @@ def turn_pieces(
     pieces = [Piece("text", SYSTEM + " ")]
     for number, (question, answer) in enumerate(pairs):
         pieces += _question(question, num_images if number == 0 else 0, image_place)
-        pieces += [Piece("text", "ASSISTANT:")]
         pieces += _answer(answer)
     return pieces
 
@@ -98,7 +97,7 @@ def message_pieces(
             images += found
             pieces += _question(text, len(found), image_place)
         else:
-            pieces += [Piece("text", "ASSISTANT:"), *_answer(text)]
+            pieces += _answer(text)
     if continue_final_message:
         if messages[-1]["role"] != "assistant" or add_generation_prompt:
             raise ValueError(
@@ -124,7 +123,7 @@ def _question(text: str, num_images: int, image_place: str) -> list[Piece]:
 
 def _answer(text: str) -> list[Piece]:
     # The blank belongs to the answer's first word, as in byte-level vocabularies: the prompt ends at the colon.
-    return [Piece("text", " " + text.strip(), learn=True), END]
+    return [Piece("text", "ASSISTANT:"), Piece("text", " " + text.strip(), learn=True), END]
 
 
 def _read_message(message: dict[str, Any], number: int) -> tuple[str, str, list[Any]]:
