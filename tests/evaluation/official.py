@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,31 +38,23 @@ def picture() -> bytes:
     return buffer.getvalue()
 
 
-def put_vqav2(folder: Path) -> Path:
-    inputs, _ = golden("vqav2")
-    put_json(folder / "v2_OpenEnded_mscoco_val2014_questions.json", inputs["questions"])
-    put_json(folder / "v2_mscoco_val2014_annotations.json", inputs["annotations"])
-    return folder
+# Of the benchmarks that are JSON files: which part of the golden's inputs each file holds.
+FILES = {
+    "vqav2": {
+        "v2_OpenEnded_mscoco_val2014_questions.json": "questions",
+        "v2_mscoco_val2014_annotations.json": "annotations",
+    },
+    "textvqa": {"TextVQA_0.5.1_val.json": "annotations"},
+    "gqa": {"testdev_balanced_questions.json": "questions"},
+    "scienceqa": {"problems.json": "problems", "pid_splits.json": "pid_splits"},
+    "mmvet": {"mm-vet.json": "metadata"},
+}
 
 
-def put_textvqa(folder: Path) -> Path:
-    inputs, _ = golden("textvqa")
-    put_json(folder / "TextVQA_0.5.1_val.json", inputs["annotations"])
-    return folder
-
-
-def put_gqa(folder: Path, choices: bool = False) -> Path:
-    inputs, _ = golden("gqa")
-    put_json(folder / "testdev_balanced_questions.json", inputs["questions"])
-    if choices:
-        put_json(folder / "testdev_choices.json", inputs["choices"])
-    return folder
-
-
-def put_scienceqa(folder: Path) -> Path:
-    inputs, _ = golden("scienceqa")
-    put_json(folder / "problems.json", inputs["problems"])
-    put_json(folder / "pid_splits.json", inputs["pid_splits"])
+def put_files(name: str, folder: Path) -> Path:
+    inputs, _ = golden(name)
+    for file, part in FILES[name].items():
+        put_json(folder / file, inputs[part])
     return folder
 
 
@@ -95,22 +89,8 @@ def put_mmbench(folder: Path) -> Path:
     return folder
 
 
-def put_mmvet(folder: Path) -> Path:
-    inputs, _ = golden("mmvet")
-    put_json(folder / "mm-vet.json", inputs["metadata"])
-    return folder
-
-
-WRITERS = {
-    "vqav2": put_vqav2,
-    "textvqa": put_textvqa,
-    "gqa": put_gqa,
-    "scienceqa": put_scienceqa,
-    "pope": put_pope,
-    "mme": put_mme,
-    "mmbench": put_mmbench,
-    "mmvet": put_mmvet,
-}
+WRITERS: dict[str, Callable[[Path], Path]] = {name: partial(put_files, name) for name in FILES}
+WRITERS |= {"pope": put_pope, "mme": put_mme, "mmbench": put_mmbench}
 
 
 def llava_answers(name: str) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from official import WRITERS, golden, put_json, put_mme, put_scienceqa, put_textvqa
+from official import WRITERS, golden, put_json, put_mme
 from PIL import Image
 from rich.console import Console
 
@@ -165,7 +165,7 @@ def test_nothing_is_asked_or_written_where_one_of_the_files_is_damaged(tmp_path:
 
 
 def test_the_result_names_everything_and_reads_back(tmp_path: Path) -> None:
-    data = put_scienceqa(tmp_path / "data")
+    data = WRITERS["scienceqa"](tmp_path / "data")
     (result,) = evaluate(Parrot(), ["scienceqa"], data, tmp_path / "out")
     assert result == load(tmp_path / "out" / "scienceqa")
     run = result["run"]
@@ -185,7 +185,7 @@ def test_the_result_names_everything_and_reads_back(tmp_path: Path) -> None:
 
 
 def test_textvqa_variants(tmp_path: Path) -> None:
-    data = put_textvqa(tmp_path / "data")
+    data = WRITERS["textvqa"](tmp_path / "data")
     with pytest.raises(ValueError, match=r"names OCR tokens.*use the variant no-ocr"):
         evaluate(Parrot(), ["textvqa"], data, tmp_path / "out")
     items = golden("textvqa")[0]["annotations"]["data"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from official import WRITERS, golden, llava_answers, put_gqa, put_json, put_lines, put_pope
+from official import WRITERS, golden, llava_answers, put_json, put_lines
 
 from vlmamba.evaluation.api import check, score
 from vlmamba.evaluation.task import Options
@@ -65,10 +65,12 @@ def test_textvqa_counts_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("choices", [False, True])
 def test_gqa(tmp_path: Path, choices: bool) -> None:
-    _, expected = golden("gqa")
+    inputs, expected = golden("gqa")
     wanted = expected["val_style_choices_consistency" if choices else "testdev_style_no_choices"]
     assert wanted["scores"].pop("grounding") == 0  # needs attention maps, which nobody submits
-    data = put_gqa(tmp_path / "data", choices)
+    data = WRITERS["gqa"](tmp_path / "data")
+    if choices:
+        put_json(data / "testdev_choices.json", inputs["choices"])
     answers = put_lines(tmp_path / "answers.jsonl", llava_answers("gqa"))
     result = score("gqa", data, answers, submissions=tmp_path / "out")
     assert result["metrics"] == wanted["scores"]
@@ -182,7 +184,7 @@ def test_another_benchmarks_answers_are_refused(name: str, other: str, tmp_path:
 
 @pytest.mark.parametrize("name", sorted(WRITERS))
 def test_a_wrong_folder_says_what_is_missing_and_where_it_is(name: str, tmp_path: Path) -> None:
-    other = put_pope(tmp_path / "data") if name != "pope" else put_gqa(tmp_path / "data")
+    other = WRITERS["gqa" if name == "pope" else "pope"](tmp_path / "data")
     answers = put_lines(tmp_path / "answers.jsonl", llava_answers(name))
     with pytest.raises(ValueError, match=r"is missing.*(https://)"):
         score(name, other, answers, out=tmp_path / "result.json")
