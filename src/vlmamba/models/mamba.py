@@ -293,7 +293,7 @@ class VLMambaBackbone(VLMambaPreTrainedModel):
                 it changes.
 
         Returns:
-            last_hidden_state (B, L, d); if asked for, cache_params and hidden_states (of every block, then of the norm).
+            last_hidden_state (B, L, d); if asked for, cache_params and hidden_states (of every block, then the norm).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, not both and not neither")
