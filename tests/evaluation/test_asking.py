@@ -19,7 +19,7 @@ from vlmamba.evaluation import Options, OwnData, Request, Shard, check, evaluate
 from vlmamba.evaluation.results import load, weights_hash
 from vlmamba.evaluation.runner import batches_of, read_answers
 from vlmamba.evaluation.task import Example
-from vlmamba.evaluation.tasks import TASKS
+from vlmamba.evaluation.tasks import TASKS, get_task
 
 
 class Parrot:
@@ -151,6 +151,14 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     log.write_text("not json\n")
     with pytest.raises(ValueError, match="line 1 is damaged"):
         read_answers(log.parent)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [("mm-vet", "mmvet"), ("MM_Vet", "mmvet"), ("scienceqa-img", "scienceqa"), ("vqa-v2", "vqav2"), ("VQAv2", "vqav2")],
+)
+def test_a_task_has_its_name_however_it_is_written(name: str, asked: str) -> None:
+    assert get_task(name) is TASKS[asked]
 
 
 def test_nothing_is_asked_or_written_where_one_of_the_files_is_damaged(tmp_path: Path) -> None:

@@ -148,6 +148,12 @@ def test_generate_tokens_without_the_fused_step(model):
     assert torch.equal(drawn, model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)[:, 5:])
 
 
+def test_no_tokens_where_none_are_asked_for(model):
+    state = MambaState.empty(3)
+    assert not list(generate_tokens(model, tokens(2, 5), max_new_tokens=0, state=state))
+    assert state.slots is None
+
+
 def test_refusals_name_what_stands_in_the_way(model):
     assert structure_refusal(model) is None
     assert "is on meta" in decode.refusal(make("meta"))

@@ -199,6 +199,18 @@ def test_beams_equal_transformers(pair):
 
 
 @torch.no_grad()
+def test_what_generate_returns_beside_the_tokens_is_transformers(pair):
+    ids = tokens(2, 6)
+    flags = dict.fromkeys(("return_dict_in_generate", "output_hidden_states", "output_scores", "output_logits"), True)
+    theirs, ours = (model.generate(ids, max_new_tokens=4, do_sample=False, **flags) for model in pair)
+    assert theirs.keys() == ours.keys()
+    for name in ("scores", "logits", "hidden_states"):
+        assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="output_attentions=True: this language model has no attention"):
+        pair[1].generate(ids, max_new_tokens=4, return_dict_in_generate=True, output_attentions=True)
+
+
+@torch.no_grad()
 def test_state_saves_branches_and_scatters(model, tmp_path):
     state = model(tokens(3, 5), use_cache=True).cache_params
     state.save(tmp_path / "state.safetensors")

@@ -7,8 +7,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
+from vlmamba.models.processor import VLMambaProcessor
 from vlmamba.training.config import load_config, recipes_folder
+from vlmamba.training.estimate import estimate
+from vlmamba.training.launch import make_feed
 from vlmamba.training.plan import dry_run
 from vlmamba.training.stages import PIPELINE_FILE, plan_pipeline, read_pipeline, stage_config
 
@@ -66,6 +70,17 @@ def test_finetuning_in_a_dry_run(name: str, tiny_model: Path) -> None:
     assert "vision: 0.0" in text
     assert "frozen" in text
     assert (" of them" in text) == (name == "lora")
+
+
+def test_a_dry_run_and_the_run_count_the_same(tiny_model: Path, dataset: Path) -> None:
+    data = [f"data.0.llava.file={dataset}/data.json", f"data.0.llava.images={dataset}/images", "workers=0"]
+    config = load_config("finetune/cpu", [f"model.path={tiny_model}", *data], output="out")
+    feed = make_feed(config, VLMambaProcessor.from_pretrained(tiny_model), torch.device("cpu"))
+    assert sum(len(batch.ids) for batch in next(feed.batches())) == config.optim.global_batch
+    assert feed.order.steps(config.optim.epochs) == estimate(config, "cpu").steps
+    packed = load_config("finetune/lora", [f"model.path={tiny_model}", *data], output="out")
+    assert "in whole rows a step holds about 64 samples" in "\n".join(dry_run(packed))
+    assert "in whole rows" not in "\n".join(dry_run(config))
 
 
 def test_the_papers_numbers() -> None:

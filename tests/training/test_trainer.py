@@ -95,6 +95,23 @@ def test_torn_checkpoints_are_passed_over(recipe, tmp_path, capsys) -> None:
     assert checkpoint.find_latest(folder) is None
 
 
+def test_the_newest_is_found_and_kept_by_its_number(recipe, tmp_path) -> None:
+    config = recipe()
+    run(config)
+    folder = tmp_path / "run/checkpoints"
+    for old, new in ((4, "step-999998"), (6, "step-1000000")):
+        (folder / f"step-{old:06d}").rename(folder / new)
+    (folder / "step-1000000-copy").mkdir()  # somebody's own
+    assert checkpoint.find_latest(folder) == folder / "step-1000000"
+    state = json.loads((folder / "step-1000000/state.json").read_text())
+    model = torch.nn.Linear(1, 1)
+    checkpoints = checkpoint.Checkpoints(folder, keep=2)
+    checkpoints.save(model, torch.optim.AdamW(model.parameters()), checkpoint.Progress(**state | {"step": 1_000_001}))
+    checkpoints.wait()
+    names = {path.name for path in folder.glob("step-*")}
+    assert names == {"step-1000000", "step-1000000-copy", "step-1000001"}
+
+
 class FullDisk(checkpoint.dcp.FileSystemWriter):
     """Has no room for the checkpoint of step 4, as torch.save finds out, and DCP tells, in ways of their own."""
 

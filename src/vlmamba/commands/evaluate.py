@@ -35,7 +35,7 @@ def evaluate(
     """Asks a model a benchmark's questions and prints its scores beside the paper's; or says what files are missing."""
     from vlmamba.evaluation.tasks import TASKS, get_task
 
-    names = list(TASKS) if tasks is None else [name for name in tasks.replace(",", " ").split() if name]
+    names = list(TASKS) if tasks is None else [get_task(name).name for name in tasks.replace(",", " ").split()]
     if check is not None:
         return _check(Path(check), names)
     chosen: list[Any] = [_own(metric, images)] if own else list(names)
@@ -45,12 +45,11 @@ def evaluate(
         raise ValueError("--own FILE is a task by itself; leave out --tasks")
     if not own and not data:
         raise ValueError("--data FOLDER is needed, the folder of the benchmarks (vlmamba eval --check FOLDER looks)")
-    for name in names:
-        get_task(name)
     place = Path(out or Path("runs") / "eval" / Path(model).name)
     judging["judge_cache"] = judging["judge_cache"] or str(place / "judge.jsonl")
     options = _options(**judging)
-    variants = dict(_assignment(prompt) for prompt in prompts or [])
+    given = (_assignment(prompt) for prompt in prompts or [])
+    variants = {task if own else get_task(task).name: variant for task, variant in given}
 
     from rich.console import Console
 

@@ -126,14 +126,14 @@ def evaluate(
     questions. shard: this process's part; processes other than the first return an empty list. Nothing is asked
     before every task's files have been read."""
     options, shard = options or Options(), shard or runner.Shard()
-    unknown = sorted(set(variants or {}) - {t if isinstance(t, str) else t.name for t in tasks})
+    chosen = [get_task(task) if isinstance(task, str) else task for task in tasks]
+    unknown = sorted(set(variants or {}) - {task.name for task in chosen})
     if unknown:
         raise ValueError(f"prompt variants are given for tasks that are not evaluated: {', '.join(unknown)}")
     if limit is not None and limit < 1:
         raise ValueError(f"the limit must be at least 1 question, found {limit}")
     prepared = []
-    for entry in tasks:
-        task = get_task(entry) if isinstance(entry, str) else entry
+    for task in chosen:
         variant = task.checked_variant((variants or {}).get(task.name))
         folder = folder_of(task, Path(data))
         prepared.append((task, variant, folder, _examples(task, folder, variant)[:limit]))

@@ -432,8 +432,11 @@ def generate_tokens(
             read of a row that ended is open.
         stops: a row that draws one of these has ended; what its row holds after that is to be ignored. Generation ends
             when every row has.
+        max_new_tokens: below 1 nothing is read or drawn.
         temperature: 0 takes the likeliest token. every: how many tokens are drawn between two looks at them.
     """
+    if max_new_tokens < 1:
+        return
     language = getattr(model, "language_model", model)
     known = getattr(model.config, "num_text_tokens", None) or language.lm_head.out_features
     limits = (known, getattr(model.config, "image_token_id", -1))
@@ -488,9 +491,7 @@ def one_token(model: nn.Module, input_ids: Tensor, state: MambaState) -> Tensor 
     if decoder is None or (kind == "cpu" and len(input_ids) > HOST_ROWS):
         return None
     dtype = model.lm_head.weight.dtype
-    if kind == "cpu":
-        return decoder.logits(input_ids[:, 0], state).to(dtype).unsqueeze(1)
-    return decoder.logits(input_ids[:, 0], state).to(dtype, copy=True).unsqueeze(1)
+    return decoder.logits(input_ids[:, 0], state).to(dtype, copy=kind == "cuda").unsqueeze(1)
 
 
 def signature(model: nn.Module) -> tuple[tuple[int, int], ...]:

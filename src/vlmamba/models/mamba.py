@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, MambaConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, MambaConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
@@ -293,7 +293,7 @@ class VLMambaBackbone(VLMambaPreTrainedModel):
                 it changes.
 
         Returns:
-            last_hidden_state (B, L, d); cache_params when asked for.
+            last_hidden_state (B, L, d); if asked for, cache_params and hidden_states (of every block, then the norm).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, not both and not neither")
@@ -312,9 +312,9 @@ class VLMambaBackbone(VLMambaPreTrainedModel):
             hidden, seq_idx = padding.to_front(hidden), padding.seq_idx
         trace: list[Tensor] = []
         for block in self.layers:
+            hidden = block(hidden, cache_params, seq_idx)
             if output_hidden_states:
                 trace.append(hidden)
-            hidden = block(hidden, cache_params, seq_idx)
         hidden = self.norm_f(hidden)
         if output_hidden_states:
             trace.append(hidden)
@@ -328,7 +328,20 @@ class VLMambaBackbone(VLMambaPreTrainedModel):
 
 
 class RecurrentGenerationMixin(GenerationMixin):
-    """`generate` for a model whose past is a state."""
+    """`generate` for a model whose past is a state.
+
+    With `cache_params` it reads all ids that it is given, after what the state has read. So give what is new alone: the
+    last token of the answer before, which was drawn but not read, and what follows it; not the whole sequence again.
+    """
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
+        config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        if config.output_attentions and config.return_dict_in_generate:
+            raise ValueError(
+                "output_attentions=True: this language model has no attention to give; leave it out "
+                "(output_hidden_states=True gives what every layer makes)"
+            )
+        return config, model_kwargs
 
     def prepare_inputs_for_generation(
         self,

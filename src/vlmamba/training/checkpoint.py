@@ -160,7 +160,7 @@ class Checkpoints:
             os.replace(scratch, final)
             _sync(self.folder)
             _point(self.folder, final.name)
-            for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+            for old in _oldest_first(self.folder)[: -self.keep]:
                 shutil.rmtree(old)
         except (Exception, CheckpointException) as error:  # the latter is no Exception
             shutil.rmtree(scratch, ignore_errors=True)
@@ -236,13 +236,18 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def find_latest(folder: Path) -> Path | None:
     """The newest checkpoint whose files are all there and whole; a torn one is passed over, aloud."""
-    names = [p.name for p in sorted(folder.glob("step-*"), reverse=True)]
-    for name in names:
-        problem = broken(folder / name)
+    for checkpoint in reversed(_oldest_first(folder)):
+        problem = broken(checkpoint)
         if problem is None:
-            return folder / name
-        print(f"checkpoint {folder / name} is passed over: {problem}", flush=True)
+            return checkpoint
+        print(f"checkpoint {checkpoint} is passed over: {problem}", flush=True)
     return None
+
+
+def _oldest_first(folder: Path) -> list[Path]:
+    """Checkpoints by their number, which has seven digits from a million steps on."""
+    numbers = (path.name.removeprefix("step-") for path in folder.glob("step-*"))
+    return [folder / f"step-{number}" for number in sorted(filter(str.isdecimal, numbers), key=int)]
 
 
 def broken(checkpoint: Path) -> str | None:

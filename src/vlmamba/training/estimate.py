@@ -106,7 +106,9 @@ def estimate(
     images = optim.micro_batch if patches else 0
     count = _Memory(model, config, device, world)
     samples = _samples(config)
-    steps = optim.max_steps or (None if samples is None else max(1, round(optim.epochs * samples / optim.global_batch)))
+    steps = optim.max_steps or (
+        None if samples is None else max(1, round(optim.epochs * -(-samples // optim.global_batch)))
+    )
     return Estimate(
         parts=parts,
         rows=rows,

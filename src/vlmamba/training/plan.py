@@ -28,6 +28,9 @@ def dry_run(config: RunConfig, earlier: Mapping[str, RunConfig] | None = None) -
     here = "cuda" if torch.cuda.is_available() else "cpu"
     device = here if config.device == "auto" else config.device.split(":")[0]
     yield from estimate(config, device, world, earlier).lines(device, product_rate(device), world)
+    if config.optim.pack and all(source.scenes is None for source in config.data):
+        batch = config.optim.global_batch
+        yield f"packed: in whole rows a step holds about {batch} samples; the run's first lines say how many"
     if device == "cpu" and config.device == "auto":
         yield "on one H100 or H200 instead:"
         lines = list(estimate(config, "cuda", world, earlier).lines("cuda", product_rate("cuda"), world))

@@ -17,8 +17,16 @@ TASKS: dict[str, Task] = {
 }
 
 
+def _folded(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
+_KNOWN_AS = {_folded(name): task for task in TASKS.values() for name in (task.name, task.title, *task.folders)}
+
+
 def get_task(name: str) -> Task:
-    """The benchmark called `name`; ValueError that lists them all when there is none."""
-    if name not in TASKS:
+    """The benchmark called `name`, whatever the case, '-' and '_', by its title as well ("MM-Vet", "scienceqa_img");
+    ValueError that lists them all when there is none."""
+    if _folded(name) not in _KNOWN_AS:
         raise ValueError(f"there is no task {name!r}: there are {', '.join(TASKS)}")
-    return TASKS[name]
+    return _KNOWN_AS[_folded(name)]
