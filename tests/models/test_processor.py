@@ -243,17 +243,6 @@ def test_batch_of_chats(processor):
     assert inputs.pixel_values.shape == (1, 3, 24, 24)
 
 
-def test_a_pipeline_batches_chats_with_and_without_pictures(tiny_model):
-    from transformers import pipeline
-
-    ask = pipeline("image-text-to-text", model=str(tiny_model), dtype="float32")
-    chats = [[user("hi")], [user(image_part(), "What is this?")], [user(image_part(), "and", image_part())]]
-    how = {"generate_kwargs": {"max_new_tokens": 3, "do_sample": False}, "return_full_text": False}
-    said = ask(text=chats, batch_size=3, **how)
-    assert said == ask(text=chats, batch_size=1, **how)
-    assert len(said) == 3
-
-
 def test_image_parts_by_path_and_base64(processor, tmp_path):
     picture().save(tmp_path / "a.png")
     data = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()

@@ -229,8 +229,7 @@ class VLMambaProcessor(ProcessorMixin):
             chat_template: a Jinja template of your own; transformers renders it, with its rules.
             begin: False leaves the system sentence out, for later turns of a conversation that goes on from a state.
             tokenize: ids rather than a string.
-            return_dict: input_ids, attention_mask and pixel_values (as tensors: of no image where there is none) rather
-                than input_ids alone.
+            return_dict: input_ids, attention_mask and pixel_values rather than input_ids alone.
             processor_kwargs: `image_mode`, `padding` and `return_tensors`, as transformers' pipeline passes them.
         """
         if chat_template is not None or self.chat_template is not None:
@@ -306,9 +305,7 @@ class VLMambaProcessor(ProcessorMixin):
         if images:
             framed = [self._framed(image, image_mode) for image in images]
             data |= self.image_processor(framed, return_tensors=return_tensors)
-        elif return_tensors is not None:  # transformers' pipeline batches only what has the same names
-            data["pixel_values"] = np.empty((0, 3, *self.image_size), np.float32)
-        return BatchFeature(data, tensor_type=return_tensors)
+        return BatchFeature(data)
 
     def _render(self, pieces: list[Piece]) -> str:
         special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
