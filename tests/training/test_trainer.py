@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,22 @@ def test_time_budget_ends_the_run(recipe, tmp_path, monkeypatch) -> None:
     assert 1.2 <= last["elapsed_s"] < 5
     assert last["progress"] >= 1
     assert last["lr"] < 0.3
+
+
+def test_time_budget_begins_after_the_first_step(recipe, tmp_path, monkeypatch) -> None:
+    """The first step compiles kernels: with a cold cache that takes longer than a short stage."""
+    step, calls = Step.__call__, []
+
+    def slow_at_first(self, *args):
+        calls.append(time.sleep(2.0 if not calls else 0.0))
+        return step(self, *args)
+
+    monkeypatch.setattr(Step, "__call__", slow_at_first)
+    run(recipe(optim={"max_steps": 100000, "time_budget": 0.02}))
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert lines[0]["progress"] < 0.5
+    assert len(calls) > 3
+    assert 1.2 <= lines[-1]["elapsed_s"] < 5
 
 
 def test_events_for_tensorboard(recipe, tmp_path) -> None:

@@ -103,7 +103,8 @@ class OptimConfig:
     max_steps: int | None = None
     """Steps in all; without it they follow from `epochs`."""
     time_budget: float | None = None
-    """Minutes. The schedule then follows whichever is further, steps or time. Not bit-reproducible."""
+    """Minutes, from the first step's end on. The schedule then follows whichever is further, steps or time. Not
+    bit-reproducible."""
     warmup: float = 0.03
     """Share of the run."""
     final_lr: float = 0.0

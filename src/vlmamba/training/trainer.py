@@ -99,13 +99,16 @@ class Trainer:
             Interrupted: after SIGTERM or SIGINT, state saved.
             NonFiniteError, BadDataError, CheckpointError: as they say.
         """
-        started, before = time.perf_counter(), self.progress.seconds
+        started: float | None = None
+        before = self.progress.seconds
         batches = self.feed.batches(self.progress.step)
         interval = Interval()
         restore = self._listen()
         try:
             while (share := self.share_done()) < 1.0:
                 self._one_step(batches, share, interval)
+                if started is None:  # what the first step takes, which compiles the kernels, is on no schedule
+                    started = time.perf_counter()
                 stopped = self._agree(before + time.perf_counter() - started)
                 share = self.share_done()
                 self.logger.advance(share)
