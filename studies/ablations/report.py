@@ -18,6 +18,8 @@ from vlmamba.evaluation import TASKS
 
 Row = Mapping[str, Any]
 Metric = Callable[[Row], float | None]
+TICK = 5
+"""Points between two lines of a plot."""
 CLEAR = 2.6
 """Errors beyond which a difference is printed in bold: one in a hundred by chance, and there are many comparisons."""
 
@@ -282,7 +284,8 @@ def _signed(of: tuple[float, float] | None) -> str:
 
 
 def forest(found: Findings, names: Sequence[str]) -> str:
-    """SVG: one line a headline and variant, its difference with two standard errors to either side."""
+    """SVG: one line a headline and variant, its difference with two standard errors to either side. Nine of ten lines
+    fit; the others, of scores that vary too much to tell anything, end in an arrow."""
     colours = ("#2a6fb0", "#c97b58", "#6aa36a", "#8a6bb0", "#9a9a9a")
     marks = [
         (row, i, of)
@@ -290,12 +293,13 @@ def forest(found: Findings, names: Sequence[str]) -> str:
         for i, name in enumerate(names)
         if (of := found.difference(name, metric)) is not None
     ]
-    reach = max([abs(of[0]) + 2 * of[1] for *_, of in marks] + [1.0])
+    spans = sorted(abs(value) + 2 * error for *_, (value, error) in marks) or [1.0]
+    reach = TICK * math.ceil(spans[int(0.9 * (len(spans) - 1))] / TICK)
     step, left, width = 8 * len(names) + 12, 110, 560
     height = 30 + step * len(HEADLINES) + 34
 
     def x(value: float) -> float:
-        return left + width / 2 * (1 + value / reach)
+        return left + width / 2 * (1 + max(-1.0, min(1.0, value / reach)))
 
     parts = ['<rect width="100%" height="100%" fill="white"/>']
     place = float(left)
@@ -303,18 +307,24 @@ def forest(found: Findings, names: Sequence[str]) -> str:
         parts.append(f'<rect x="{place:.0f}" y="9" width="10" height="10" fill="{colours[i % 5]}"/>')
         parts.append(f'<text x="{place + 14:.0f}" y="18">{escape(name)}</text>')
         place += 30 + 6.5 * len(name)
-    for tick in (-reach, -reach / 2, 0.0, reach / 2, reach):
+    for tick in range(-reach, reach + 1, TICK):
         line = f'x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="28" y2="{height - 32}"'
         parts.append(f'<line {line} stroke="{"#555" if tick == 0 else "#ddd"}"/>')
-        parts.append(f'<text x="{x(tick):.1f}" y="{height - 18}" text-anchor="middle">{tick:+.1f}</text>')
-    parts.append(f'<text x="{x(0):.1f}" y="{height - 4}" text-anchor="middle">points, two standard errors</text>')
+        parts.append(f'<text x="{x(tick):.1f}" y="{height - 18}" text-anchor="middle">{tick:+}</text>')
+    legend = "points and two standard errors; arrows: further"
+    parts.append(f'<text x="{x(0):.1f}" y="{height - 4}" text-anchor="middle">{legend}</text>')
     for row, title in enumerate(HEADLINES):
         parts.append(f'<text x="{left - 8}" y="{30 + step * row + step / 2 + 4:.1f}" text-anchor="end">{title}</text>')
     for row, i, (value, error) in marks:
         y = 30 + step * row + 10 + 8 * i
-        ends = f'x1="{x(value - 2 * error):.1f}" x2="{x(value + 2 * error):.1f}" y1="{y}" y2="{y}"'
+        low, high = value - 2 * error, value + 2 * error
+        ends = f'x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y}" y2="{y}"'
         parts.append(f'<line {ends} stroke="{colours[i % 5]}" stroke-width="2"/>')
-        parts.append(f'<circle cx="{x(value):.1f}" cy="{y}" r="3" fill="{colours[i % 5]}"/>')
+        for end in (e for e in (low, high) if abs(e) > reach):
+            tip, away = x(end), math.copysign(6, end)
+            parts.append(f'<path d="M{tip:.1f} {y - 4}l{away} 4l{-away} 4z" fill="{colours[i % 5]}"/>')
+        if abs(value) <= reach:
+            parts.append(f'<circle cx="{x(value):.1f}" cy="{y}" r="3" fill="{colours[i % 5]}"/>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 30}" height="{height}" '
         f'viewBox="0 0 {left + width + 30} {height}" font-family="sans-serif" font-size="11">{"".join(parts)}</svg>\n'
