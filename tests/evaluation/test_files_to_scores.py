@@ -213,6 +213,20 @@ def test_a_damaged_file_of_answers_is_named(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "submissions").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("vqav2", {"answers": [1]}),
+        ("vqav2", {"answers": ["x"]}),
+        ("scienceqa", {"results": {"16": None}}),
+        ("scienceqa", {"results": {"16": "A"}}),
+    ],
+)
+def test_answers_of_another_kind_are_named(name: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"r\.json.* expected "):
+        scored(name, tmp_path, put_json(tmp_path / "r.json", value))
+
+
 def test_damaged_tables_are_named(tmp_path: Path) -> None:
     data = WRITERS["mmbench"](tmp_path / "mmbench")
     table = data / "mmbench_dev_20230712.tsv"

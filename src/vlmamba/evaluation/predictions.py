@@ -46,7 +46,8 @@ def _records(path: Path) -> Sequence[Any]:
     if "text" in value and any(name in value for name in _IDS):
         return [value]  # a JSON-lines file of one line
     if isinstance(value.get("answers"), list):
-        return [a for a in value["answers"] if a.get("text") is not None]  # our own result file
+        # Our own result file, which also lists what was not answered.
+        return [a for a in value["answers"] if not isinstance(a, dict) or a.get("text") is not None]
     table = value.get("outputs", value.get("results", value))  # ScienceQA's result file, or a plain id -> answer
     if not isinstance(table, dict):
         raise ValueError(f"{path}: expected an object of ids and answers, found {type(table).__name__}")

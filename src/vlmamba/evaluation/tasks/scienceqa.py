@@ -77,8 +77,11 @@ class ScienceQA(Task):
             return None  # JSON lines under another name
         if not isinstance(value, dict) or "outputs" in value or not isinstance(value.get("results"), dict):
             return None
+        for pid, index in value["results"].items():
+            if not isinstance(index, int) or isinstance(index, bool):
+                raise ValueError(f"{path}: results[{pid!r}] is {index!r}; expected the number of an option, from 0")
         return [
-            Prediction(pid, OPTIONS[int(i)] if 0 <= int(i) < len(OPTIONS) else "FAILED", verbatim=True)
+            Prediction(pid, OPTIONS[i] if 0 <= i < len(OPTIONS) else "FAILED", verbatim=True)
             for pid, i in value["results"].items()
         ]
 
