@@ -176,41 +176,72 @@ def over_groups(values, S: tl.constexpr):
 
 
 @triton.jit
-def load_values(pointer, COUNT: tl.constexpr):
-    """COUNT values of each lane from the kernels' own layout, (COUNT, 32)."""
-    values = ()
-    for e in tl.static_range(COUNT):
-        values = values + (tl.load(pointer + e * 32 + tl.arange(0, 32)),)
+def _apart(tile, NS: tl.constexpr):
+    """The NS values of each lane in a tile (32, NS)."""
+    if NS == 2:
+        values = tl.split(tile)
+    else:
+        even, odd = tl.split(tl.reshape(tile, [32, 2, 2]))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        values = (first, second, third, fourth)
     return values
 
 
 @triton.jit
-def store_values(pointer, values):
+def _together(values, first: tl.constexpr, NS: tl.constexpr):
+    """The opposite of `_apart`, of NS values from `first` on."""
+    tile = tl.join(values[first], values[first + 1])
+    if NS == 4:
+        odd = tl.join(values[first + 1], values[first + 3])
+        even = tl.join(values[first], values[first + 2])
+        tile = tl.reshape(tl.join(even, odd), [32, 4])
+    return tile
+
+
+@triton.jit
+def _tile(NS: tl.constexpr):
+    """Where a lane's NS values stand in a tile (32, NS)."""
+    return tl.arange(0, 32)[:, None] * NS + tl.arange(0, NS)[None, :]
+
+
+@triton.jit
+def load_values(pointer, NS: tl.constexpr):
+    """4 x NS values of each lane from the kernels' own layout, (4, 32, NS): a tile of several values is one access,
+    and the compiler looks at every access for as long as at all others."""
+    values = ()
+    for i in tl.static_range(4):
+        values = values + _apart(tl.load(pointer + i * 32 * NS + _tile(NS)), NS)
+    return values
+
+
+@triton.jit
+def store_values(pointer, values, NS: tl.constexpr):
     """The opposite of `load_values`."""
-    for e in tl.static_range(len(values)):
-        tl.store(pointer + e * 32 + tl.arange(0, 32), values[e])
+    for i in tl.static_range(4):
+        tl.store(pointer + i * 32 * NS + _tile(NS), _together(values, i * NS, NS))
 
 
 @triton.jit
 def load_matrix(pointer, channel, state, dim, states, scale, NS: tl.constexpr):
     """A lane's 4 x NS values of a (D, N) matrix, times `scale`; zero outside."""
     values = ()
+    n = state[:, None] + tl.arange(0, NS)[None, :]
     for i in tl.static_range(4):
-        for j in tl.static_range(NS):
-            inside = (channel + i < dim) & (state + j < states)
-            at = (channel + i).to(tl.int64) * states + state + j
-            values = values + (tl.load(pointer + at, mask=inside, other=0.0) * scale,)
+        inside = (channel + i < dim)[:, None] & (n < states)
+        at = (channel + i).to(tl.int64)[:, None] * states + n
+        values = values + _apart(tl.load(pointer + at, mask=inside, other=0.0) * scale, NS)
     return values
 
 
 @triton.jit
 def store_matrix(pointer, values, channel, state, dim, states, NS: tl.constexpr):
     """The opposite of `load_matrix`."""
+    n = state[:, None] + tl.arange(0, NS)[None, :]
     for i in tl.static_range(4):
-        for j in tl.static_range(NS):
-            inside = (channel + i < dim) & (state + j < states)
-            at = (channel + i).to(tl.int64) * states + state + j
-            tl.store(pointer + at, values[i * NS + j], mask=inside)
+        inside = (channel + i < dim)[:, None] & (n < states)
+        at = (channel + i).to(tl.int64)[:, None] * states + n
+        tl.store(pointer + at, _together(values, i * NS, NS), mask=inside)
 
 
 @triton.jit
@@ -246,7 +277,7 @@ def fold(values, parts, spans, a2, count, order, S: tl.constexpr, NS: tl.constex
     and (by sign) in `spans`; a span that is no number says that the segment began a new sequence."""
     for segment in range(count):
         dts = spread(tl.load(spans + segment * order * 32 + tl.arange(0, 32)), S)
-        part = load_values(parts + segment * order * (4 * NS * 32), 4 * NS)
+        part = load_values(parts + segment * order * (4 * NS * 32), NS)
         carried = ()
         for e in tl.static_range(4 * NS):
             span = dts[e // NS]

@@ -87,7 +87,7 @@ def saved_shape(batch: int, length: int, channels: int, states: int) -> tuple[in
     """Shape of the third output of `forward`: the states before every CHUNK steps and after the last one, in the
     kernels' own layout."""
     S, NS = lanes_of(states)
-    return (batch, 1, triton.cdiv(length, CHUNK) + 1, triton.cdiv(channels, 128 // S), 4 * NS, 32)
+    return (batch, 1, triton.cdiv(length, CHUNK) + 1, triton.cdiv(channels, 128 // S), 4, 32, NS)
 
 
 @functools.cache
@@ -177,7 +177,7 @@ def scan_rows(
 
 
 def _segment_buffers(rows: int, segments: int, blocks: int, NS: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    parts = torch.empty((rows, segments, blocks, 4 * NS, 32), dtype=torch.float32, device=device)
+    parts = torch.empty((rows, segments, blocks, 4, 32, NS), dtype=torch.float32, device=device)
     return parts, torch.empty((rows, segments, blocks, 32), dtype=torch.float32, device=device)
 
 

@@ -172,7 +172,7 @@ def scan_segment_kernel(
                 h = _advance(h, a2, sizes[j], sizes[j] * x_raw[j].to(tl.float32), B_t, S, NS)
             x_raw, dt_raw, B_raw = x_next, dt_next, B_next
     part = (row * segments + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    store_values(parts + part * (4 * NS * 32), h)
+    store_values(parts + part * (4 * NS * 32), h, NS)
     tl.store(spans + part * 32 + tl.arange(0, 32), span)
 
 
@@ -218,7 +218,9 @@ def scan_forward_kernel(
         z_raw = fetch(z, z_l, at, T)
     for chunk_first in range(begin, last, CHUNK):
         if SAVE:
-            store_values(saved + ((row * chunks + chunk_first // CHUNK) * blocks + tl.program_id(0)) * (4 * NS * 32), h)
+            store_values(
+                saved + ((row * chunks + chunk_first // CHUNK) * blocks + tl.program_id(0)) * (4 * NS * 32), h, NS
+            )
         resets = _resets(seq_idx, b * length, chunk_first, last, CHUNK, HAS_SEQ)
         for first in range(chunk_first, tl.minimum(chunk_first + CHUNK, last), T):
             next_at = _steps(first + T, last, length, orders, k, height, width, T, GRID, WHOLE)
@@ -245,7 +247,7 @@ def scan_forward_kernel(
     if SAVE:  # the state after the last step, where the backward pass begins
         if (last == end) & (begin < last):
             behind = (row * chunks + tl.cdiv(last, CHUNK)) * blocks + tl.program_id(0)
-            store_values(saved + behind * (4 * NS * 32), h)
+            store_values(saved + behind * (4 * NS * 32), h, NS)
     if HAS_SEQ:
         for step in range(tl.maximum(begin, last), tl.minimum(begin + segment_length, length)):
             tl.store(y + step * dim, tl.zeros([32], y.dtype.element_ty), mask=own < dim)
@@ -303,7 +305,7 @@ def scan_segment_grad_kernel(
                     g = keep_unless(reset, g)
                     span = tl.where(reset, float("nan"), span)
     part = (row * segments + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    store_values(parts + part * (4 * NS * 32), g)
+    store_values(parts + part * (4 * NS * 32), g, NS)
     tl.store(spans + part * 32 + tl.arange(0, 32), span)
 
 
@@ -345,7 +347,7 @@ def scan_output_grad_kernel(
     dA_sum, dD_sum = zeros(4 * NS), none
     blocks = tl.num_programs(0)
     chunk = (row * chunks + begin // CHUNK) * blocks + tl.program_id(0)
-    h = load_values(saved + chunk * (4 * NS * 32), 4 * NS)
+    h = load_values(saved + chunk * (4 * NS * 32), NS)
     x += b * x_b + k * x_k + d
     dt += b * dt_b + k * dt_k + d
     B += b * B_b + k * B_k + state
@@ -399,7 +401,7 @@ def scan_output_grad_kernel(
                 dD_sum += dy_t * x_t
             at, x_raw, dt_raw, dy_raw, z_raw = next_at, x_next, dt_next, dy_next, z_next
         chunk = (row * chunks + chunk_first // CHUNK) * blocks + tl.program_id(0)
-        store_values(slopes + chunk * (4 * NS * 32), slope)
+        store_values(slopes + chunk * (4 * NS * 32), slope, NS)
     if HAS_SEQ:
         for step in range(tl.maximum(begin, last), tl.minimum(begin + segment_length, length)):
             _store_share(dBC + step * (2 * states), over_groups(zeros(NS), S), states, True, S, NS)
@@ -474,8 +476,8 @@ def scan_state_grad_kernel(
         chunk = first_chunk + behind_chunk - 1 - back_chunk
         chunk_last = tl.minimum(chunk * CHUNK + CHUNK, last)
         behind = (row * chunks + chunk + 1) * blocks + tl.program_id(0)
-        q = _sum_with_matrix(g, load_values(saved + behind * (4 * NS * 32), 4 * NS), a2, S, NS)
-        slope = load_values(slopes + (behind - blocks) * (4 * NS * 32), 4 * NS)
+        q = _sum_with_matrix(g, load_values(saved + behind * (4 * NS * 32), NS), a2, S, NS)
+        slope = load_values(slopes + (behind - blocks) * (4 * NS * 32), NS)
         dA_sum = _add_products(dA_sum, g, slope)
         resets = _resets(seq_idx, b * length, chunk * CHUNK, last, CHUNK, HAS_SEQ)
         groups = tl.cdiv(chunk_last - chunk * CHUNK, T)
