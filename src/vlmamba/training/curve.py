@@ -63,12 +63,12 @@ def _panel(name: str, lines: Sequence[Mapping[str, float]]) -> str:
     for value in _ticks(low, high):
         parts.append(f'<line x1="{MARGIN}" x2="{right}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#ddd"/>')
         parts.append(f'<text x="{MARGIN - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for share in (0, 0.5, 1):
-        step = round(max(steps) * share)
-        parts.append(f'<text x="{x(step):.1f}" y="{floor + 16}" text-anchor="middle">{step:,}</text>')
+    for step, anchor in ((0, "start"), (max(steps) // 2, "middle"), (max(steps), "end")):
+        parts.append(f'<text x="{x(step):.1f}" y="{floor + 16}" text-anchor="{anchor}">{step:,}</text>')
     parts.append(f'<text x="{(MARGIN + right) / 2:.0f}" y="{floor + 32}" text-anchor="middle">step</text>')
     points = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in zip(steps, losses, strict=True))
     parts.append(f'<polyline points="{points}" fill="none" stroke="#2a6fb0" stroke-width="1.6"/>')
+    parts.append(f'<circle cx="{x(steps[-1]):.1f}" cy="{y(losses[-1]):.1f}" r="2.4" fill="#2a6fb0"/>')
     return "".join(parts)
 
 
