@@ -98,10 +98,13 @@ class Findings:
 
 
 def close(results: Sequence[Row], points: float) -> list[str]:
-    """Variants whose skills differ from their reference's by less than so many points."""
+    """Variants whose skills differ by less than so many points from their reference's, or from those of another variant
+    that the paper compares them with."""
     found = Findings(results)
-    of = {name: found.difference(name, HEADLINES["skills"]) for name in found.names}
-    return [name for name, value in of.items() if value is not None and abs(value[0]) < points]
+    pairs = [(name, BY_NAME[name].reference) for name in found.names] + [(c.better, c.worse) for c in CLAIMS]
+    apart = {pair: found.difference(pair[0], HEADLINES["skills"], pair[1]) for pair in pairs}
+    near = {name for pair, value in apart.items() if value is not None and abs(value[0]) < points for name in pair}
+    return [name for name in found.names if name in near and BY_NAME[name].axis != "all"]
 
 
 def write(results: Sequence[Row], folder: Path, toy: bool = False) -> Path:

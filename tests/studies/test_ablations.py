@@ -127,6 +127,8 @@ def test_differences_are_paired_and_their_spread_is_pooled() -> None:
     assert found.difference("mlp", skills) == pytest.approx((-5.0, spread / math.sqrt(3)))
     assert found.difference("baseline", skills) is None
     assert close(ROWS, 2.0) == ["csm"]
+    encoders = [result(name, seed, 40.0 + seed + (name == "clip")) for name in ("clip", "siglip") for seed in range(3)]
+    assert close(ROWS + encoders, 2.0) == ["csm", "clip", "siglip"]  # far from the baseline, near each other
 
 
 def test_report(tmp_path: Path) -> None:
