@@ -297,7 +297,7 @@ def forest(found: Findings, names: Sequence[str]) -> str:
         if (of := found.difference(name, metric)) is not None
     ]
     spans = sorted(abs(value) + 2 * error for *_, (value, error) in marks) or [1.0]
-    reach = TICK * math.ceil(spans[int(0.9 * (len(spans) - 1))] / TICK)
+    reach = max(TICK, TICK * math.ceil(spans[int(0.9 * (len(spans) - 1))] / TICK))
     step, left, width = 8 * len(names) + 12, 110, 560
     height = 30 + step * len(HEADLINES) + 34
 
