@@ -19,6 +19,7 @@ from vlmamba.models.vlm import VLMambaForConditionalGeneration
 from vlmamba.training import build, checkpoint, run
 from vlmamba.training.config import ConfigError
 from vlmamba.training.metrics import read_metrics
+from vlmamba.training.plan import dry_run
 from vlmamba.training.step import Step
 from vlmamba.training.trainer import INTERRUPTED, BadDataError, Interrupted, NonFiniteError, SpikeError
 
@@ -266,6 +267,13 @@ def test_events_for_tensorboard(recipe, tmp_path) -> None:
 def test_unknown_device(recipe) -> None:
     with pytest.raises(ConfigError, match="abacus"):
         run(recipe(device="abacus"))
+    with pytest.raises(ConfigError, match="abacus"):
+        list(dry_run(recipe(device="abacus")))
+
+
+def test_a_negative_rate(recipe) -> None:
+    with pytest.raises(ConfigError, match=r"stage\.connector\.lr: is -1"):
+        recipe(stage={"connector": {"lr": -1.0}, "language": {"lr": 0.0}})
 
 
 def test_it_learns(recipe, tmp_path) -> None:

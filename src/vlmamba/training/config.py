@@ -208,6 +208,10 @@ def require(condition: bool, message: str) -> None:
 def _check_run(config: RunConfig) -> None:
     """Rules that concern several fields at once."""
     optim, model = config.optim, config.model
+    for part in PARTS:
+        of = getattr(config.stage, part)
+        require(of.lr >= 0, f"stage.{part}.lr: is {of.lr:g}; it must be 0 (frozen) or more")
+        require(of.weight_decay >= 0, f"stage.{part}.weight_decay: is {of.weight_decay:g}; it must be 0 or more")
     require(bool(config.data), "data: is empty; name at least one source (scenes or llava)")
     for i, source in enumerate(config.data):
         require((source.scenes is None) != (source.llava is None), f"data.{i}: needs exactly one of scenes and llava")
@@ -384,7 +388,8 @@ def find_recipe(name: str | Path) -> Path:
     for path in (given, shipped, shipped.with_name(shipped.name + ".yaml")):
         if path.is_file():
             return path
-    known = sorted(str(p.relative_to(recipes_folder()).with_suffix("")) for p in recipes_folder().rglob("*.yaml"))
+    files = (p.relative_to(recipes_folder()) for p in recipes_folder().rglob("*.yaml"))
+    known = sorted({str(p.parent if p.name == "pipeline.yaml" else p.with_suffix("")) for p in files})
     raise ConfigError(f"{name}: no such recipe file; shipped ones are {', '.join(known)}")
 
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from vlmamba.training import build, launch
-from vlmamba.training.config import RunConfig, to_mapping
+from vlmamba.training.config import ConfigError, RunConfig, to_mapping
 from vlmamba.training.estimate import estimate, product_rate
 from vlmamba.training.optimizer import set_rates
 
@@ -27,6 +27,8 @@ def dry_run(config: RunConfig, earlier: Mapping[str, RunConfig] | None = None) -
     world = int(os.environ.get("WORLD_SIZE", "1"))
     here = "cuda" if torch.cuda.is_available() else "cpu"
     device = here if config.device == "auto" else config.device.split(":")[0]
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"device: {config.device!r} cannot be counted for; use auto, cpu, cuda or cuda:N")
     yield from estimate(config, device, world, earlier).lines(device, product_rate(device), world)
     if config.optim.pack and all(source.scenes is None for source in config.data):
         batch = config.optim.global_batch
