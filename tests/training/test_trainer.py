@@ -242,6 +242,11 @@ def test_time_budget_ends_the_run(recipe, tmp_path, monkeypatch) -> None:
     assert last["lr"] < 0.3
 
 
+def test_a_dry_run_tells_the_time_budget(recipe) -> None:
+    assert "it ends after 0.5 minutes" in "\n".join(dry_run(recipe(optim={"time_budget": 0.5})))
+    assert "minutes, however" not in "\n".join(dry_run(recipe()))
+
+
 def test_time_budget_begins_after_the_first_step(recipe, tmp_path, monkeypatch) -> None:
     """The first step compiles kernels: with a cold cache that takes longer than a short stage."""
     step, calls = Step.__call__, []

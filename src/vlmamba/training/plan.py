@@ -30,6 +30,8 @@ def dry_run(config: RunConfig, earlier: Mapping[str, RunConfig] | None = None) -
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"device: {config.device!r} cannot be counted for; use auto, cpu, cuda or cuda:N")
     yield from estimate(config, device, world, earlier).lines(device, product_rate(device), world)
+    if config.optim.time_budget is not None:
+        yield f"it ends after {config.optim.time_budget:g} minutes, however many of these steps are made by then"
     if config.optim.pack and all(source.scenes is None for source in config.data):
         batch = config.optim.global_batch
         yield f"packed: in whole rows a step holds about {batch} samples; the run's first lines say how many"
