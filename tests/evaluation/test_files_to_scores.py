@@ -89,8 +89,9 @@ def test_scienceqa(tmp_path: Path) -> None:
     for name in ("acc", "correct", "count", "img_acc", "img_count"):
         assert result["metrics"][name] == expected[name]
     # The authors' own result file holds option numbers.
-    result = scored("scienceqa", tmp_path, put_json(tmp_path / "r.json", {"results": expected["pred_index"]}))
-    assert result["metrics"]["correct"] == expected["correct"]
+    for numbers in (expected["pred_index"], {pid: str(index) for pid, index in expected["pred_index"].items()}):
+        result = scored("scienceqa", tmp_path, put_json(tmp_path / "r.json", {"results": numbers}))
+        assert result["metrics"]["correct"] == expected["correct"]
 
 
 def test_pope(tmp_path: Path) -> None:

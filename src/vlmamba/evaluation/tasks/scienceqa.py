@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,10 @@ class ScienceQA(Task):
         if not isinstance(value, dict) or "outputs" in value or not isinstance(value.get("results"), dict):
             return None
         for pid, index in value["results"].items():
-            if not isinstance(index, int) or isinstance(index, bool):
+            if isinstance(index, bool) or not re.fullmatch(r"-?\d+", str(index)):
                 raise ValueError(f"{path}: results[{pid!r}] is {index!r}; expected the number of an option, from 0")
         return [
-            Prediction(pid, OPTIONS[i] if 0 <= i < len(OPTIONS) else "FAILED", verbatim=True)
+            Prediction(pid, OPTIONS[int(i)] if 0 <= int(i) < len(OPTIONS) else "FAILED", verbatim=True)
             for pid, i in value["results"].items()
         ]
 
