@@ -114,7 +114,7 @@ def recipe(data: Path, device: str) -> RunConfig:
             "output": str(data),
             "model": {
                 "vision": TOY,
-                "language": {"hidden_size": 128, "num_hidden_layers": 2, "state_size": 16, "vocab_size": 1024},
+                "language": {"hidden_size": 128, "num_hidden_layers": 2, "state_size": 16, "vocab_size": 1280},
                 "tokenizer": str(data / "tok"),
             },
             "data": [{"llava": {"file": str(data / "stage2.json"), "images": str(data)}}],

@@ -160,7 +160,7 @@ def recipe(data: Path, scratch: Path, options: argparse.Namespace) -> RunConfig:
                 "vision": TOY if options.toy else SIGLIP,
                 "language": {
                     "hidden_size": width, "num_hidden_layers": layers, "state_size": 16, "residual_in_fp32": True,
-                    "vocab_size": 1024 if options.toy else 50280,
+                    "vocab_size": 1280 if options.toy else 50280,
                 },
                 "tokenizer": str(data / "tok"),
             },

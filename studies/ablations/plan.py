@@ -69,8 +69,7 @@ class Variant:
     """One row of a comparison: the baseline with some things changed.
 
     model: fields of the recipe's `model` section. encoder, language: which of stage 0's. align: whether there is a
-    stage 1. questions: on a picture, without dense descriptions in between if it is one. share: of the usual data, in
-    each of so many epochs. reference: the variant it is held against.
+    stage 1. share: of the usual data, in each of so many epochs. reference: the variant it is held against.
     """
 
     name: str
@@ -80,15 +79,14 @@ class Variant:
     encoder: str = "patches"
     language: str = "language"
     align: bool = True
-    questions: int = 10
     share: float = 1.0
     epochs: int = 1
     reference: str = "baseline"
 
     @property
-    def data(self) -> tuple[int, float, int]:
+    def data(self) -> tuple[float, int]:
         """Variants in which it is the same see the same samples, in the same order."""
-        return self.questions, self.share, self.epochs
+        return self.share, self.epochs
 
 
 VARIANTS = (
@@ -104,9 +102,7 @@ VARIANTS = (
     Variant("language-longer", "language", "three times the text in stage 0b", language="language-longer"),
     Variant("clip", "encoder", "contrastive, softmax (CLIP)", encoder="clip"),
     Variant("siglip", "encoder", "contrastive, sigmoid (SigLIP)", encoder="siglip"),
-    Variant("before", "picture", "one question, picture before it", questions=1, share=2),
-    Variant("after", "picture", "one question, picture after it", {"image_place": "after"}, questions=1, share=2,
-            reference="before"),
+    Variant("after", "picture", "picture after the first question", {"image_place": "after"}),
     Variant("no-stage-1", "stages", "stage 2 alone", align=False),
     Variant("two-epochs", "stages", "stage 2 twice over its data", epochs=2),
     Variant("half-twice", "stages", "half the data, twice", share=0.5, epochs=2),
@@ -226,11 +222,10 @@ def instruct_recipe(study: Study, variant: Variant, seed: int) -> RunConfig:
     model = {"path": str(study.work(name) / "1-align/model")} if variant.align else _parts(study, variant)
     steps = round(scale.instruct * variant.share)
     size, again = steps * scale.batch, variant.epochs > 1
-    described = size // 6 if variant.questions > 1 else 0
-    asked = _scenes(5000 + seed, "conversation", size - described, questions=variant.questions, again=again)
+    described = size // 6
+    asked = _scenes(5000 + seed, "conversation", size - described, questions=10, again=again)
     told = [_scenes(6000 + seed, "description", described, again=again)] if described else []
-    # Of a few scenes in a hundred the one question that is tried cannot be asked.
-    values = {"model": model, "data": [asked, *told], "seed": seed, "max_bad_share": 0.1}
+    values = {"model": model, "data": [asked, *told], "seed": seed}
     return _recipe("nano/2-instruct", study, f"{name}/2-instruct", steps * variant.epochs, scale.batch, values)
 
 

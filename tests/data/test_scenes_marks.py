@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from math import hypot
 
 import numpy as np
 import pytest
@@ -158,6 +159,37 @@ def test_where_the_middle_is_and_how_many_there_are() -> None:
     assert list(told(classes, "column")[letters]) == [f"line {c + 1}" for c in np.argwhere(letters)[:, 1]]
     crowd = classes_of(Scene("crowd", GROUND, [shape("star", "red", 12, 8 + 16 * i, 60) for i in range(8)] * 2))
     assert set(told(crowd, "named")[told(crowd, "what") == "star"]) == {"9 or more"}
+
+
+def test_who_stands_beside_whom() -> None:
+    """In slots the label is what the questions ask for; elsewhere it is the nearest that is clearly to that side."""
+    world, sides = World(7, kinds={"rows": 0.5, "crowd": 0.5}), ("left", "right", "above", "below")
+    for index in range(40):
+        scene, classes = world.scene(index), patch_classes(world.marked(index)[1], 128, 16, 16)
+        named = {field: told(classes, field) for field in (*sides, "what", "nearest")}
+        for item in scene.objects:
+            at = int(item.y / 8), int(item.x / 8)
+            if named["what"][at] != item.name:
+                continue
+            for side, other in scene.beside[id(item)].items():
+                if other in scene.objects:
+                    assert named[side][at] == other.name
+            others = [o for o in scene.objects if o is not item]
+            closest = min((hypot(o.x - item.x, o.y - item.y), o.name) for o in others)
+            if all(hypot(o.x - item.x, o.y - item.y) > closest[0] + 2 for o in others if o.name != closest[1]):
+                assert named["nearest"][at] == closest[1]
+    items = [shape("star", "red", 20, 20, 20), shape("heart", "red", 20, 60, 30), shape("circle", "red", 20, 100, 100)]
+    items.append(Item("word", "up", "red", px=14, x=20, y=60, width=30, height=14, text="up"))
+    classes = classes_of(Scene("free", GROUND, items))
+    what = told(classes, "what")
+    expected = {
+        "star": ["", "heart", "", "", "heart"],
+        "heart": ["star", "", "", "", "star"],  # the circle is neither clearly to its right nor clearly below
+        "circle": ["", "", "", "", "heart"],
+        "u": [""] * 5,
+    }
+    for name, names in expected.items():
+        assert [set(told(classes, field)[what == name]) for field in (*sides, "nearest")] == [{n} for n in names]
 
 
 def test_ends_of_bars() -> None:

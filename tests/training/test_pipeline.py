@@ -115,6 +115,14 @@ def test_tokenizer_size() -> None:
     assert len(train_tokenizer(TEXTS, 263, 0.0)) == 263
     with pytest.raises(ValueError, match="at least 259"):
         train_tokenizer(TEXTS, 100, 0.1)
+    with pytest.raises(ValueError, match="at least 261"):
+        train_tokenizer(TEXTS, 260, 0.1, ["fire engines"])
+
+
+def test_tokenizer_takes_given_words() -> None:
+    tokenizer = train_tokenizer(TEXTS, 270, 0.1, ["zebus", "red zebus"])
+    assert tokenizer.tokenize("the red zebus, zebu") == ["the", "Ġred", "Ġzebus", ",", "Ġ", "z", "e", "b", "u"]
+    assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
 
 
 def test_curves(tmp_path: Path) -> None:

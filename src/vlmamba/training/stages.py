@@ -21,6 +21,7 @@ import torch
 
 from vlmamba.data.scenes import World
 from vlmamba.data.scenes.question import LETTER, SHORT
+from vlmamba.data.scenes.vocabulary import THINGS, plural
 from vlmamba.models.processor import VLMambaProcessor
 from vlmamba.models.template import SYSTEM
 from vlmamba.models.vlm import VLMambaForConditionalGeneration
@@ -120,7 +121,9 @@ def learn_tokenizer(config: TokenizerConfig, folder: Path) -> None:
     if (folder / "tokenizer.json").is_file():
         return
     started = time.perf_counter()
-    tokenizer = train_tokenizer(_texts(config), config.vocab_size, config.min_share)
+    # Each plural is rare, all of them are not: spelled, they would be what counting most often fails on.
+    plurals = map(plural, THINGS)
+    tokenizer = train_tokenizer(_texts(config), config.vocab_size, config.min_share, plurals)
     scratch = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(scratch, ignore_errors=True)
     tokenizer.save_pretrained(scratch)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import inf
 
 import numpy as np
 
@@ -24,6 +25,7 @@ LINES = 16
 MOST_COUNTED = 9
 _LINES = (NOTHING, *(f"line {number}" for number in range(1, LINES + 1)))
 _COUNTS = (NOTHING, *map(str, range(1, MOST_COUNTED)), f"{MOST_COUNTED} or more")
+_OBJECTS = (NOTHING, *THINGS, *SHAPES)
 FIELDS: dict[str, tuple[str, ...]] = {
     "what": (NOTHING, *THINGS, *SHAPES, "patch", "bar", *BAR_ENDS, *CHARACTERS),
     "next": (NOTHING, *CHARACTERS),
@@ -36,6 +38,11 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "named": _COUNTS,
     "coloured": _COUNTS,
     "filled": _COUNTS,
+    "left": _OBJECTS,
+    "right": _OBJECTS,
+    "above": _OBJECTS,
+    "below": _OBJECTS,
+    "nearest": _OBJECTS,
 }
 """Classes of each field of a patch; class 0 is that there is nothing of the kind.
 
@@ -52,6 +59,7 @@ _WHAT, _NEXT, _CENTRE, _ROW, _COLUMN = (
 )
 _COUNTED = {"what": "named", "colour": "coloured", "fill": "filled"}
 _COUNTED_AT = [(field, list(FIELDS).index(counted)) for field, counted in _COUNTED.items()]
+_NEIGHBOURS = slice(list(FIELDS).index("left"), len(FIELDS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,22 +95,43 @@ def _named_classes(what: str, colour: str, fill: str, size: str) -> np.ndarray:
     return np.array([numbers[said.get(field, NOTHING)] for field, numbers in _NUMBERS.items()])
 
 
-def _count(marks: Iterable[Mark]) -> Counter[tuple[str, str]]:
-    """How many objects of each name, colour and fill there are: (field, name) to number."""
-    return Counter(
+def _classes(marks: Sequence[Mark], side: int) -> list[np.ndarray]:
+    """(F,) of each mark, with `next` and `centre` left at nothing."""
+    counts = Counter(
         (field, name) for mark in marks if mark.is_object for field in _COUNTED if (name := getattr(mark, field))
     )
-
-
-def _classes(mark: Mark, side: int, counts: Counter[tuple[str, str]]) -> np.ndarray:
-    """(F,) of a mark, with `next` and `centre` left at nothing."""
-    classes = _named_classes(mark.what, mark.colour, mark.fill, mark.size).copy()
-    for at, middle in zip((_COLUMN, _ROW), mark.middle, strict=True):
-        classes[at] = 1 + min(max(int(middle * LINES / side), 0), LINES - 1)
-    if mark.is_object:
+    objects = [(number, *mark.middle) for number, mark in enumerate(marks) if mark.is_object]
+    classes = [_named_classes(mark.what, mark.colour, mark.fill, mark.size).copy() for mark in marks]
+    for number, mark in enumerate(marks):
+        for at, middle in zip((_COLUMN, _ROW), mark.middle, strict=True):
+            classes[number][at] = 1 + min(max(int(middle * LINES / side), 0), LINES - 1)
+    for number, x, y in objects:
         for field, at in _COUNTED_AT:
-            classes[at] = min(counts[field, getattr(mark, field)], MOST_COUNTED)
+            classes[number][at] = min(counts[field, getattr(marks[number], field)], MOST_COUNTED)
+        classes[number][_NEIGHBOURS] = [
+            0 if other is None else _NUMBERS["left"][marks[other].what] for other in _neighbours(number, x, y, objects)
+        ]
     return classes
+
+
+def _neighbours(number: int, x: float, y: float, objects: list[tuple[int, float, float]]) -> list[int | None]:
+    """Of the object `number` at x, y: the nearest to its left and right, above and below it, and the nearest of all."""
+    found: list[int | None] = [None] * 5
+    least = [inf] * 5
+    for other, other_x, other_y in objects:
+        if other == number:
+            continue
+        across, down = other_x - x, other_y - y
+        distance = across * across + down * down
+        sides = [4]
+        if abs(across) >= 2 * abs(down):
+            sides.append(int(across > 0))
+        elif abs(down) >= 2 * abs(across):
+            sides.append(2 + (down > 0))
+        for side in sides:
+            if distance < least[side]:
+                found[side], least[side] = other, distance
+    return found
 
 
 def patch_classes(marks: Iterable[Mark], side: int, rows: int, columns: int) -> np.ndarray:
@@ -111,10 +140,10 @@ def patch_classes(marks: Iterable[Mark], side: int, rows: int, columns: int) -> 
     Marks are in the order of drawing, so that later ones hide earlier ones; a middle is told also where it is hidden.
     """
     marks = list(marks)
-    counts = _count(marks)
+    classes = _classes(marks, side)
     found = np.zeros((len(FIELDS), rows, columns), np.int64)
     ys, xs = _middles(side, rows), _middles(side, columns)
-    for mark in marks:
+    for mark, named in zip(marks, classes, strict=True):
         if mark.cover is None:
             continue
         left, top = int(mark.box[0]), int(mark.box[1])
@@ -123,13 +152,13 @@ def patch_classes(marks: Iterable[Mark], side: int, rows: int, columns: int) -> 
         c0, c1 = bisect_left(xs, left), bisect_left(xs, left + width)
         if r0 < r1:
             covered = mark.cover[[[y - top] for y in ys[r0:r1]], [x - left for x in xs[c0:c1]]]
-            np.copyto(found[:, r0:r1, c0:c1], _classes(mark, side, counts)[:, None, None], where=covered)
-    for mark in marks:
+            np.copyto(found[:, r0:r1, c0:c1], named[:, None, None], where=covered)
+    for mark, named in zip(marks, classes, strict=True):
         if mark.centred:
             x, y = mark.middle
             row, column = int(y * rows / side), int(x * columns / side)
             if 0 <= row < rows and 0 <= column < columns:
-                _centre(found[:, row, column], _classes(mark, side, counts))
+                _centre(found[:, row, column], named)
     return found.reshape(len(FIELDS), rows * columns)
 
 
