@@ -250,7 +250,7 @@ def sweep() -> dict[str, dict]:
     """The scan's constants, one at a time, at the two shapes of the marks. A setting that fails the gate is not
     timed."""
     constants = {
-        "T": (2, 8), "T_BACK": (1, 4), "CHUNK": (32,), "REGISTERS": (128,), "REGISTERS_MANY": (168,),
+        "T": (2, 8), "T_BACK": (1, 4), "CHUNK": (32,), "REGISTERS": (128,), "REGISTERS_CUT": (168,),
         "ROUNDS": (2, 3, 5), "ROUNDS_BACK": (2, 4, 5), "ROUNDS_OUTPUT": (3, 5, 10),
     }  # fmt: skip
     chosen = {name: getattr(scan, name) for name in constants}

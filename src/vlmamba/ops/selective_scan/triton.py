@@ -40,8 +40,8 @@ CHUNK = 64  # steps between two saved states
 ROUNDS = 4
 ROUNDS_BACK = 3
 ROUNDS_OUTPUT = 20
-REGISTERS = 168  # of a thread: three warps a scheduler; with 128, four of them, forward is a fourth slower
-REGISTERS_MANY = 128  # walking back where there are more warps than fit at once: a tenth faster
+REGISTERS = 168  # of a thread: three warps a scheduler
+REGISTERS_CUT = 128  # where forward cuts rows, so that all ROUNDS warps are there at once; costs whole rows a twentieth
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -159,7 +159,8 @@ def scan_rows(
     flags = {
         "CHUNK": CHUNK, "T": T, "S": S, "NS": NS, "SOFTPLUS": softplus, "GRID": grid != (0, 0),
         "PACKED": _is_packed(N, NS, S, B, C), "WHOLE": _is_whole(length, T, seq_idx, grid),
-        "HAS_BIAS": dt_bias is not None, "HAS_SEQ": seq_idx is not None, "num_warps": 1, **_at_most(REGISTERS),
+        "HAS_BIAS": dt_bias is not None, "HAS_SEQ": seq_idx is not None, "num_warps": 1,
+        **_at_most(REGISTERS_CUT if segments > 1 else REGISTERS),
     }  # fmt: skip
     if segments > 1:
         parts, spans = _segment_buffers(rows, segments, blocks, NS, x.device)
@@ -221,24 +222,23 @@ def scan_rows_backward(
             "CHUNK": CHUNK, "T": T_BACK, "S": S, "NS": NS, "SOFTPLUS": softplus, "GRID": grid != (0, 0),
             "PACKED": _is_packed(N, NS, S, B, C), "WHOLE": _is_whole(length, T_BACK, seq_idx, grid),
             "HAS_Z": z is not None, "HAS_BIAS": dt_bias is not None, "HAS_SEQ": seq_idx is not None, "num_warps": 1,
+            **_at_most(REGISTERS),
         }  # fmt: skip
-        fit = blocks * rows * segments <= 12 * multiprocessors(x.device)
         if segments > 1:
             parts, spans = _segment_buffers(rows, segments, blocks, NS, x.device)
             scan_segment_grad_kernel[(blocks, segments, rows)](
                 dy, dt, A, C, z, dt_bias, seq_idx, lengths, parts, spans, *walk, steps, segments,
-                *_outer(dy), *_strides(dt), *_strides(C), *_outer(z), **flags, **_at_most(REGISTERS),
+                *_outer(dy), *_strides(dt), *_strides(C), *_outer(z), **flags,
             )  # fmt: skip
         scan_output_grad_kernel[(blocks, output_segments, rows)](
             dy, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, saved, work, slopes, output_dA, dBC, dD, dz,
             *walk, output_steps, output_segments, saved.shape[2], *strides, HAS_D=D is not None, **flags,
-            **_at_most(REGISTERS),
         )  # fmt: skip
         scan_state_grad_kernel[(blocks, segments, rows)](
             dy, dfinal, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, saved, work, slopes, parts, spans,
             dx, ddt, dA, dBC, dbias, dinitial, *walk, steps, segments, saved.shape[2], *strides,
             HAS_D=D is not None, HAS_DFINAL=dfinal is not None, HAS_DINITIAL=needs_initial, HAS_PARTS=segments > 1,
-            **flags, **_at_most(REGISTERS if fit else REGISTERS_MANY),
+            **flags,
         )  # fmt: skip
     dB, dC = dBC.sum(2).split(N, -1)
     return (

@@ -38,11 +38,33 @@ from vlmamba.ops.lanes import (
 
 
 @triton.jit
-def _lanes(states, dim, S: tl.constexpr, NS: tl.constexpr):
-    """(first channel of the lane's group, first state of the lane, the lane's own channel)."""
+def _row(rows_k):
+    """(row, its batch, its order)."""
+    row = tl.program_id(2).to(tl.int64)
+    return row, row // rows_k, row % rows_k
+
+
+@triton.jit
+def _lanes(dim, S: tl.constexpr, NS: tl.constexpr):
+    """(first channel of the lane's group, first state of the lane, the lane's own channel, the same within bounds)."""
     lane = tl.arange(0, 32)
     group = tl.program_id(0) * (128 // S) + lane // S * 4
-    return group, lane % S * NS, group + (lane & 3)
+    own = group + (lane & 3)
+    return group, lane % S * NS, own, tl.minimum(own, dim - 1)
+
+
+@triton.jit
+def _segment(lengths, b, length, segment_length, HAS_SEQ: tl.constexpr):
+    """(first step of the segment, the step behind its last, the step behind the row's last)."""
+    end = tl.load(lengths + b) if HAS_SEQ else length
+    begin = tl.program_id(1) * segment_length
+    return begin, tl.minimum(begin + segment_length, end), end
+
+
+@triton.jit
+def _per_channel(pointer, k, dim, d, THERE: tl.constexpr):
+    """Own channel's value of a (K, D) tensor, 0 without one."""
+    return tl.load(pointer + k * dim + d) if THERE else tl.zeros([32], tl.float32)
 
 
 @triton.jit
@@ -135,15 +157,11 @@ def scan_segment_kernel(
     PACKED: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
 ):  # fmt: skip
     """What a segment adds to the state, beginning from zero, and its sum of dt."""
-    row = tl.program_id(2).to(tl.int64)
-    b, k = row // rows_k, row % rows_k
-    group, state, own = _lanes(states, dim, S, NS)
-    d = tl.minimum(own, dim - 1)
+    row, b, k = _row(rows_k)
+    group, state, _own, d = _lanes(dim, S, NS)
     a2 = load_matrix(A + k * dim * states, group, state, dim, states, LOG2E, NS)
-    bias = tl.load(dt_bias + k * dim + d) if HAS_BIAS else tl.zeros([32], tl.float32)
-    end = tl.load(lengths + b) if HAS_SEQ else length
-    begin = tl.program_id(1) * segment_length
-    last = tl.minimum(begin + segment_length, end)
+    bias = _per_channel(dt_bias, k, dim, d, HAS_BIAS)
+    begin, last, _end = _segment(lengths, b, length, segment_length, HAS_SEQ)
     x += b * x_b + k * x_k + d
     dt += b * dt_b + k * dt_k + d
     B += b * B_b + k * B_k + state
@@ -187,23 +205,19 @@ def scan_forward_kernel(
     HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_FINAL: tl.constexpr,
     HAS_PARTS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(2).to(tl.int64)
-    b, k = row // rows_k, row % rows_k
+    row, b, k = _row(rows_k)
     blocks = tl.num_programs(0)
-    group, state, own = _lanes(states, dim, S, NS)
-    d = tl.minimum(own, dim - 1)
+    group, state, own, d = _lanes(dim, S, NS)
     a2 = load_matrix(A + k * dim * states, group, state, dim, states, LOG2E, NS)
-    bias = tl.load(dt_bias + k * dim + d) if HAS_BIAS else tl.zeros([32], tl.float32)
-    skip = tl.load(D + k * dim + d) if HAS_D else tl.zeros([32], tl.float32)
+    bias = _per_channel(dt_bias, k, dim, d, HAS_BIAS)
+    skip = _per_channel(D, k, dim, d, HAS_D)
     h = zeros(4 * NS)
     if HAS_INITIAL:
         h = load_matrix(initial + row * dim * states, group, state, dim, states, 1.0, NS)
     if HAS_PARTS:
         part = row * segments * blocks + tl.program_id(0)
         h = fold(h, parts + part * (4 * NS * 32), spans + part * 32, a2, tl.program_id(1), blocks, S, NS)
-    end = tl.load(lengths + b) if HAS_SEQ else length
-    begin = tl.program_id(1) * segment_length
-    last = tl.minimum(begin + segment_length, end)
+    begin, last, end = _segment(lengths, b, length, segment_length, HAS_SEQ)
     x += b * x_b + k * x_k + d
     dt += b * dt_b + k * dt_k + d
     B += b * B_b + k * B_k + state
@@ -265,15 +279,11 @@ def scan_segment_grad_kernel(
     PACKED: tl.constexpr, WHOLE: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
 ):  # fmt: skip
     """What a segment adds to the gradient of the state before it, and its sum of dt."""
-    row = tl.program_id(2).to(tl.int64)
-    b, k = row // rows_k, row % rows_k
-    group, state, own = _lanes(states, dim, S, NS)
-    d = tl.minimum(own, dim - 1)
+    row, b, k = _row(rows_k)
+    group, state, own, d = _lanes(dim, S, NS)
     a2 = load_matrix(A + k * dim * states, group, state, dim, states, LOG2E, NS)
-    bias = tl.load(dt_bias + k * dim + d) if HAS_BIAS else tl.zeros([32], tl.float32)
-    end = tl.load(lengths + b) if HAS_SEQ else length
-    begin = tl.program_id(1) * segment_length
-    last = tl.minimum(begin + segment_length, end)
+    bias = _per_channel(dt_bias, k, dim, d, HAS_BIAS)
+    begin, last, _end = _segment(lengths, b, length, segment_length, HAS_SEQ)
     dy += b * dy_b + d
     dt += b * dt_b + k * dt_k + d
     C += b * C_b + k * C_k + state
@@ -333,17 +343,13 @@ def scan_output_grad_kernel(
 
     With the state goes its slope dh / dA since the chunk began, whose products with dy C are dA's share of the chunk;
     what the slope at its end (`slopes`) does to later steps is for the walk back to say. Nothing cancels."""
-    row = tl.program_id(2).to(tl.int64)
-    b, k = row // rows_k, row % rows_k
-    group, state, own = _lanes(states, dim, S, NS)
-    d = tl.minimum(own, dim - 1)
+    row, b, k = _row(rows_k)
+    group, state, own, d = _lanes(dim, S, NS)
     a2 = load_matrix(A + k * dim * states, group, state, dim, states, LOG2E, NS)
     none = tl.zeros([32], tl.float32)
-    bias = tl.load(dt_bias + k * dim + d) if HAS_BIAS else none
-    skip = tl.load(D + k * dim + d) if HAS_D else none
-    end = tl.load(lengths + b) if HAS_SEQ else length
-    begin = tl.program_id(1) * segment_length
-    last = tl.minimum(begin + segment_length, end)
+    bias = _per_channel(dt_bias, k, dim, d, HAS_BIAS)
+    skip = _per_channel(D, k, dim, d, HAS_D)
+    begin, last, _end = _segment(lengths, b, length, segment_length, HAS_SEQ)
     dA_sum, dD_sum = zeros(4 * NS), none
     blocks = tl.num_programs(0)
     chunk = (row * chunks + begin // CHUNK) * blocks + tl.program_id(0)
@@ -431,18 +437,14 @@ def scan_state_grad_kernel(
     exp(dt A) g_t h_{t-1} + g_t dt_t x_t B_t and the same of the next step + dy_t C_t h_t, so going back q only gains
     A dy C h, which the forward walk left in `work`, and loses A g dt x B. At every CHUNK it is taken anew from a saved
     state, so that rounding does not gather."""
-    row = tl.program_id(2).to(tl.int64)
-    b, k = row // rows_k, row % rows_k
+    row, b, k = _row(rows_k)
     blocks = tl.num_programs(0)
-    group, state, own = _lanes(states, dim, S, NS)
-    d = tl.minimum(own, dim - 1)
+    group, state, own, d = _lanes(dim, S, NS)
     a2 = load_matrix(A + k * dim * states, group, state, dim, states, LOG2E, NS)
     none = tl.zeros([32], tl.float32)
-    bias = tl.load(dt_bias + k * dim + d) if HAS_BIAS else none
-    skip = tl.load(D + k * dim + d) if HAS_D else none
-    end = tl.load(lengths + b) if HAS_SEQ else length
-    begin = tl.program_id(1) * segment_length
-    last = tl.minimum(begin + segment_length, end)
+    bias = _per_channel(dt_bias, k, dim, d, HAS_BIAS)
+    skip = _per_channel(D, k, dim, d, HAS_D)
+    begin, last, _end = _segment(lengths, b, length, segment_length, HAS_SEQ)
     g = zeros(4 * NS)
     if HAS_DFINAL:
         g = load_matrix(dfinal + row * dim * states, group, state, dim, states, 1.0, NS)
@@ -499,17 +501,15 @@ def scan_state_grad_kernel(
                 if HAS_Z:
                     z_t = z_raw[j].to(tl.float32)
                     dy_t *= z_t * sigmoid(z_t)
-                g = _add_output_grad(g, dy_t, unpack(C_raw[j], C.dtype.element_ty, PACKED), S, NS)
-                share = over_groups(_weighted(g, dt_t * x_t, S, NS), S)
-                _store_share(dBC + at[j] * (2 * states), share, states, valid, S, NS)
+                w_t = tl.where(valid, w_raw[j], 0.0)
                 B_t = unpack(B_raw[j], B.dtype.element_ty, PACKED)
-                gB, gBA = _products(g, B_t, a2, S, NS)
-                q += tl.where(valid, w_raw[j], 0.0) - dt_t * x_t * gBA
-                ddt_t = q * (1.0 / LOG2E) + x_t * gB
+                C_t = unpack(C_raw[j], C.dtype.element_ty, PACKED)
+                g, q, share, dx_t, ddt_t = _step_back(g, q, a2, x_t, dt_t, dy_t, w_t, B_t, C_t, S, NS)
+                _store_share(dBC + at[j] * (2 * states), share, states, valid, S, NS)
                 if SOFTPLUS:
                     ddt_t *= sigmoid(before[j])
                 dbias_sum += tl.where(inside, ddt_t, 0.0)
-                tl.store(dx + at[j] * dim, (dt_t * gB + skip * dy_t).to(dx.dtype.element_ty), mask=inside)
+                tl.store(dx + at[j] * dim, (dx_t + skip * dy_t).to(dx.dtype.element_ty), mask=inside)
                 tl.store(ddt + at[j] * dim, ddt_t.to(ddt.dtype.element_ty), mask=inside)
                 g = decayed(g, a2, spread(dt_t, S), NS)
                 if HAS_SEQ:
@@ -530,6 +530,16 @@ def scan_state_grad_kernel(
     if HAS_DINITIAL:
         if tl.program_id(1) == 0:
             store_matrix(dinitial + row * dim * states, g, group, state, dim, states, NS)
+
+
+@triton.jit
+def _step_back(g, q, a2, x_t, dt_t, dy_t, w_t, B_t, C_t, S: tl.constexpr, NS: tl.constexpr):
+    """(g and q with this step's own part, the group's share of dB, and the own channel's dx and d dt)."""
+    g = _add_output_grad(g, dy_t, C_t, S, NS)
+    share = over_groups(_weighted(g, dt_t * x_t, S, NS), S)
+    gB, gBA = _products(g, B_t, a2, S, NS)
+    q += w_t - dt_t * x_t * gBA
+    return g, q, share, dt_t * gB, q * (1.0 / LOG2E) + x_t * gB
 
 
 @triton.jit
