@@ -49,6 +49,23 @@ def test_questions_come_in_several_ways() -> None:
     assert 0.1 < instructed < 0.5
 
 
+def test_the_last_question_may_come_with_the_words_of_the_picture() -> None:
+    source = ScenesSource(ScenesConfig(seed=3, kinds={"text": 1.0}), 60)
+    named = 0
+    for index in range(60):
+        sample, asked = source.world.sample(index), [question for question, _ in source.record(index).turns]
+        told = [" OCR token: " in question for question in asked]
+        assert not any(told[:-1])
+        assert told[-1] == (index % 2 == 1 and sample.questions[-1].kind in ("short", "yesno"))
+        if told[-1]:
+            named += 1
+            line = f"\nReference OCR token: {', '.join(sample.written)}\nAnswer the question using"
+            assert line in asked[-1]
+            assert asked[-1].startswith(sample.questions[-1].text)
+    assert named > 15
+    assert not any(" OCR " in q for q, _ in ScenesSource(ScenesConfig(kinds={"crowd": 1.0}), 2).record(1).turns)
+
+
 def test_every_kind_of_dirt(dirty: Path, encoder: Encoder) -> None:
     source = open_source(SourceConfig(llava=LlavaConfig(str(dirty / "data.json"), str(dirty)), weight=2))
     assert (source.supply.size, source.supply.weight, source.supply.endless) == (20, 2, False)

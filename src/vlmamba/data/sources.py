@@ -10,7 +10,7 @@ from vlmamba.data.entries import Entries
 from vlmamba.data.parquet import ParquetRows, is_parquet
 from vlmamba.data.records import Record, llava_record
 from vlmamba.data.sampling import Supply
-from vlmamba.data.scenes import Question, World
+from vlmamba.data.scenes import Question, SceneSample, World
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class ScenesSource:
             return Record(id=name, images=(image,), marks=tuple(marks))
         scene = self.world.sample(index)
         if what == "conversation":
-            turns = tuple((_as_asked(q, index + i), q.answer) for i, q in enumerate(scene.questions))
+            turns = _conversation(scene, index)
         else:
             turns = (("", scene.caption if what == "caption" else scene.description),)
         return Record(id=name, turns=turns, images=(scene.image,) if self.config.pictures else ())
@@ -147,6 +147,15 @@ class ScenesSource:
 
     def fingerprint(self) -> str:
         return f"{self.config}"
+
+
+def _conversation(scene: SceneSample, number: int) -> tuple[tuple[str, str], ...]:
+    """All questions on a picture with their answers. Where words stand in it, the last of every second conversation
+    names them, as TextVQA's prompt does: the last alone, so that no other answer can be read off it."""
+    turns = [(_as_asked(question, number + i), question.answer) for i, question in enumerate(scene.questions)]
+    if number % 2 and scene.written and turns and (last := scene.questions[-1]).kind in ("short", "yesno"):
+        turns[-1] = (last.prompt(found=scene.written), last.answer)
+    return tuple(turns)
 
 
 def _as_asked(question: Question, number: int) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from vlmamba.data.scenes import World
-from vlmamba.data.scenes.question import LETTER, SHORT
+from vlmamba.data.scenes.question import FOUND, LETTER, SHORT
 from vlmamba.data.scenes.vocabulary import THINGS, plural
 from vlmamba.models.processor import VLMambaProcessor
 from vlmamba.models.template import SYSTEM
@@ -140,7 +140,7 @@ def _texts(config: TokenizerConfig) -> Iterator[str]:
         # At a line's start and with a capital a word is another token than within a sentence.
         yield "\n".join([text, *asked, *(question[0].upper() + question[1:] for question in asked)])
         if index % 20 == 0:
-            yield f"{SYSTEM} USER: \n{SHORT}{LETTER} ASSISTANT: "
+            yield f"{SYSTEM} USER: {FOUND}\n{SHORT}{LETTER} ASSISTANT: "
 
 
 def export(source: Path, target: Path, config: PipelineConfig) -> Path:

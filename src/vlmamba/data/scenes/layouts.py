@@ -267,10 +267,10 @@ def textvqa(folder: Path, source: Source) -> None:
     tokens: list[dict[str, object]] = []
     world = source.world({"text": 0.7, "table": 0.15, "rows": 0.15})
     for index in range(source.count):
-        sample, scene = world.sample(index), world.scene(index)
+        sample = world.sample(index)
         image = f"{index:016x}"
         _save(sample.image, folder / f"train_images/{image}.jpg")
-        written = [part for i in scene.items if i.written for part in i.text.split()]
+        written = sample.written
         tokens.append({"image_id": image, "ocr_tokens": written, "ocr_info": [{"word": w} for w in written]})
         reading = [q for q in _brief(sample) if q.skill in ("reading", "numbers", "arithmetic", "lookup")]
         for question in reading:

@@ -30,6 +30,7 @@ SKILLS = (
     "open",
 )
 SHORT = "\nAnswer the question using a single word or phrase."
+FOUND = "\nReference OCR token: "
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
@@ -49,9 +50,10 @@ class Question(NamedTuple):
     form: str = ""
     held_out: bool = False
 
-    def prompt(self, instruct: bool = True) -> str:
-        """What a user would write: the text, lettered options where there are any, and the usual instruction."""
-        text = self.text
+    def prompt(self, instruct: bool = True, found: Sequence[str] = ()) -> str:
+        """What a user would write: the text, lettered options where there are any, the words that a text reader `found`
+        in the picture, as LLaVA's prompts for TextVQA name them, and the usual instruction."""
+        text = self.text + (FOUND + ", ".join(found) if found else "")
         if self.kind == "choice" and self.choices:
             text += "".join(f"\n{letter}. {option}" for letter, option in zip("ABCDE", self.choices))
             return text + LETTER if instruct else text

@@ -152,6 +152,11 @@ class SceneSample:
     def questions(self) -> list[Question]:
         return self._world._ask(self._scene, self._rng)
 
+    @property
+    def written(self) -> list[str]:
+        """The words and numbers that stand in the picture."""
+        return [part for item in self._scene.items if item.written for part in item.text.split()]
+
     @cached_property
     def caption(self) -> str:
         return caption(self._scene, self._wording("caption"))
