@@ -17,6 +17,8 @@ ALLOWED = {
     "data": {"models.processor"},
     "training": {"models", "data"},
     "evaluation": {"models.processor"},
+    "inference": {"models", "ops"},
+    "serving": {"inference", "models.images"},
 }
 
 
