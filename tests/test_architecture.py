@@ -17,6 +17,7 @@ ALLOWED = {
     "data": {"models.processor"},
     "training": {"models", "data"},
     "evaluation": {"models.processor"},
+    "inference": {"models", "ops"},
 }
 
 
