@@ -255,9 +255,11 @@ def _check_run(config: RunConfig) -> None:
             "model: name a path (an existing VL-Mamba), a language part, or a vision encoder to be trained alone",
         )
     else:
+        given = [f.name for f in dataclasses.fields(model) if f.name != "path" and getattr(model, f.name) != f.default]
         require(
-            model.vision is None and model.language is None,
-            "model: path names a whole model; leave vision and language out, or leave path out",
+            not given,
+            f"model: path names a whole model, with its own {', '.join(given)}; leave path or these out (in a pipeline "
+            "they are for the stage that puts the parts together: STAGE.model.KEY=VALUE)",
         )
     require(
         any(getattr(config.stage, part).lr > 0 for part in PARTS),
