@@ -30,8 +30,10 @@ def train(
     asked = load_config(recipe, changes, **({"output": output} if output else {}))
     if dry_run:
         from vlmamba.training.plan import dry_run as plan
+        from vlmamba.training.plan import require_data
 
-        print("\n".join(plan(asked)))
+        print("\n".join(plan(asked)), flush=True)
+        require_data(asked)
     elif overfit_one_batch:
         return _overfit(asked)
     else:
@@ -58,7 +60,8 @@ def _train_pipeline(recipe: str, folder: str, changes: list[str], dry_run: bool,
     if overfit:
         raise ValueError(f"--overfit-one-batch: takes one recipe; {recipe} is a pipeline")
     if dry_run:
-        print("\n".join(plan_pipeline(recipe, folder, changes)))
+        for line in plan_pipeline(recipe, folder, changes):
+            print(line, flush=True)
     else:
         run_pipeline(recipe, folder, changes)
     return 0
