@@ -135,6 +135,11 @@ def test_data_that_are_not_there(recipe, tmp_path, capsys, missing) -> None:
     assert capsys.readouterr().err.endswith(planned.err)
 
 
+def test_a_run_is_named_after_its_recipe(capsys) -> None:
+    main(["train", "paper/language-1.4b", "--dry-run"])
+    assert "output: runs/language-1.4b/stage2" in capsys.readouterr().out
+
+
 def test_no_recipe(capsys) -> None:
     assert main(["train", "optim.max_steps=7", "--dry-run"]) == 2
     assert "no recipe was named" in capsys.readouterr().err

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from vlmamba.models.processor import VLMambaProcessor
-from vlmamba.training.config import load_config, recipes_folder
+from vlmamba.training.config import PIPELINE_FILE, load_config, recipes_folder
 from vlmamba.training.estimate import estimate
 from vlmamba.training.launch import make_feed
 from vlmamba.training.plan import dry_run
-from vlmamba.training.stages import PIPELINE_FILE, plan_pipeline, read_pipeline, stage_config
+from vlmamba.training.stages import plan_pipeline, read_pipeline, stage_config
 
 FOLDERS = sorted(p.parent for p in recipes_folder().rglob(PIPELINE_FILE))
 RUNS = sorted(p for p in recipes_folder().rglob("*.yaml") if p.parent not in FOLDERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,13 @@ def test_shipped_recipe_by_name() -> None:
     assert find_recipe("paper/stage1").name == "stage1.yaml"
     with pytest.raises(ConfigError, match="paper/stage1"):
         find_recipe("paper/stage9")
+
+
+@pytest.mark.parametrize(("name", "folder"), [("nano/pipeline", "nano"), ("{}/pipeline.yaml", "{}")])
+def test_a_pipeline_is_no_recipe(name: str, folder: str, tmp_path: Path) -> None:
+    (tmp_path / "pipeline.yaml").write_text("stages: [one]")
+    with pytest.raises(ConfigError, match=re.escape("name its folder: vlmamba train " + folder.format(tmp_path)) + "$"):
+        load_config(name.format(tmp_path), output="out")
 
 
 def test_reading_a_recipe_needs_no_torch(recipe: Path) -> None:

@@ -19,11 +19,11 @@ def train(
     Args:
         words: the recipe, unless `config` names it, then overrides.
     """
-    from vlmamba.training.config import load_config, recipes_folder
+    from vlmamba.training.config import PIPELINE_FILE, load_config, recipes_folder
 
     recipe, changes = _sorted_out(list(words or []), config)
-    folder = output or str(Path("runs") / Path(recipe).with_suffix("").name)
-    if any((path / "pipeline.yaml").is_file() for path in (Path(recipe), recipes_folder() / recipe)):
+    folder = output or str(Path("runs") / Path(recipe).resolve().name.removesuffix(".yaml"))
+    if any((path / PIPELINE_FILE).is_file() for path in (Path(recipe), recipes_folder() / recipe)):
         return _train_pipeline(recipe, folder, changes, dry_run, overfit_one_batch)
     if output is None and not any(change.startswith("output=") for change in changes):
         changes = [*changes, *([] if _names_output(recipe) else [f"output={folder}"])]

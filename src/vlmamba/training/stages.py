@@ -27,6 +27,7 @@ from vlmamba.models.template import SYSTEM
 from vlmamba.models.vlm import VLMambaForConditionalGeneration
 from vlmamba.training import build
 from vlmamba.training.config import (
+    PIPELINE_FILE,
     ConfigError,
     PipelineConfig,
     RunConfig,
@@ -42,7 +43,6 @@ from vlmamba.training.parallel import joined
 from vlmamba.training.plan import dry_run, require_data
 from vlmamba.training.tokenizer import train_tokenizer
 
-PIPELINE_FILE = "pipeline.yaml"
 TOKENIZER = "tokenizer"
 
 
