@@ -34,7 +34,7 @@ KINDS: dict[str, Callable[[Path, Source], None]] = {
 }
 
 MARK = "drawn.json"
-"""The file by which a reader knows a set from the benchmark whose layout it has, and how it was drawn."""
+"""The file by which a set is known from the benchmark whose layout it has; it says how it was drawn."""
 
 
 def write(
@@ -69,8 +69,9 @@ def write(
             which = split or ("train" if name.startswith("llava") else "test")
             source = Source(seed, which, size, count, Random(f"{seed}/{name}"), partial(bar.advance, task))
             KINDS[name](folder, source)
-            facts = {"kind": name, "count": count, "seed": seed, "size": size, "split": which}
-            (folder / MARK).write_text(json.dumps(facts))
+            if not name.startswith("llava"):
+                facts = {"kind": name, "count": count, "seed": seed, "size": size, "split": which}
+                (folder / MARK).write_text(json.dumps(facts))
     return target
 
 
