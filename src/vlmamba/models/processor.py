@@ -36,7 +36,7 @@ class VLMambaProcessor(ProcessorMixin):
     Args:
         image_processor: a CLIPImageProcessorPil or SiglipImageProcessorPil.
         tokenizer: a fast tokenizer. `<image>` is added to it if it has none, `<|padding|>` or else the end of text
-            becomes its padding token, and it pads on the left, as generation needs.
+            becomes its padding token, and it pads on the left, as is usual for generation.
         patch_size, vision_cls: of the vision tower; they give the number of tokens of an image.
         image_mode: "pad", to a square with the mean colour (stage 2 and all use), or "crop", the image processor's own
             resize and crop (stage 1).
