@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
     MambaConfig,
@@ -218,11 +219,12 @@ def test_generation_without_a_cache_is_the_same():
     assert model.generate(ids, pixel_values=image, use_cache=False, **GREEDY).tolist() == cached.tolist()
 
 
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForImageTextToText])
 @torch.no_grad()
-def test_save_and_load_through_auto_classes(tmp_path):
+def test_save_and_load_through_auto_classes(auto, tmp_path):
     model = tiny(scan="csm", scan_weights="per-order")
     model.save_pretrained(tmp_path)
-    again, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    again, info = auto.from_pretrained(tmp_path, output_loading_info=True)
     assert isinstance(again, VLMambaForConditionalGeneration)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -280,9 +282,10 @@ import sys
 {first}
 import vlmamba
 {"assert 'torch' not in sys.modules and 'transformers' not in sys.modules" if not first else ""}
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 config = AutoConfig.for_model("vlmamba")
-assert AutoModelForImageTextToText._model_mapping[type(config)].__name__ == "VLMambaForConditionalGeneration"
+for auto in (AutoModel, AutoModelForImageTextToText):
+    assert auto._model_mapping[type(config)].__name__ == "VLMambaForConditionalGeneration"
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 assert PROCESSOR_MAPPING[type(config)].__name__ == "VLMambaProcessor"
 """
