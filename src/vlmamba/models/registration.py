@@ -1,9 +1,10 @@
 """Makes transformers' Auto classes know VL-Mamba after `import vlmamba`, without importing anything for it.
 
 `AutoConfig.register` and its like want the classes, and so the seconds that transformers and torch take to load, on
-every `import vlmamba` and `vlmamba --help`. transformers' own models are known to it by name instead, in three tables,
+every `import vlmamba` and `vlmamba --help`. transformers' own models are known to it by name instead, in tables,
 and imported on first use. Ours take the same way: their names are added to the tables, now or as soon as the module
-that holds a table has been imported, and `transformers.models.vlmamba` leads to `vlmamba.models`.
+that holds a table has been imported, and `transformers.models.vlmamba` leads to `vlmamba.models`. `AutoModel`
+gives the model that answers: there is none without a head.
 """
 
 from __future__ import annotations
