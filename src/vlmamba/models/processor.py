@@ -230,7 +230,8 @@ class VLMambaProcessor(ProcessorMixin):
             begin: False leaves the system sentence out, for later turns of a conversation that goes on from a state.
             tokenize: ids rather than a string.
             return_dict: input_ids, attention_mask and pixel_values rather than input_ids alone.
-            processor_kwargs: `image_mode`, `padding` and `return_tensors`, as transformers' pipeline passes them.
+            processor_kwargs: `image_mode`, `padding` and `return_tensors`, as transformers' pipeline passes them. With
+                it there are always pixel_values, if of no image: a pipeline batches only what has the same names.
         """
         if chat_template is not None or self.chat_template is not None:
             from jinja2 import TemplateError
@@ -274,6 +275,8 @@ class VLMambaProcessor(ProcessorMixin):
         rows = [self._encode(pieces)[0] for pieces, _ in prompts]
         images = [_fetched(image) for _, found in prompts for image in found]
         inputs = self._inputs(rows, images, batched=batched, **options)
+        if processor_kwargs is not None and options["return_tensors"] == "pt" and not images:
+            inputs["pixel_values"] = torch.empty(0, 3, *self.image_size)
         return inputs if return_dict else inputs["input_ids"]
 
     def encode_messages(
