@@ -274,9 +274,7 @@ class VLMambaProcessor(ProcessorMixin):
             return strings if batched else strings[0]
         rows = [self._encode(pieces)[0] for pieces, _ in prompts]
         images = [_fetched(image) for _, found in prompts for image in found]
-        inputs = self._inputs(rows, images, batched=batched, **options)
-        if processor_kwargs is not None and options["return_tensors"] == "pt" and not images:
-            inputs["pixel_values"] = torch.empty(0, 3, *self.image_size)
+        inputs = self._inputs(rows, images, batched=batched, with_pixels=processor_kwargs is not None, **options)
         return inputs if return_dict else inputs["input_ids"]
 
     def encode_messages(
@@ -297,6 +295,7 @@ class VLMambaProcessor(ProcessorMixin):
         images: list[Any],
         *,
         batched: bool,
+        with_pixels: bool,
         image_mode: str | None,
         padding: bool,
         return_tensors: str | None,
@@ -308,6 +307,8 @@ class VLMambaProcessor(ProcessorMixin):
         if images:
             framed = [self._framed(image, image_mode) for image in images]
             data |= self.image_processor(framed, return_tensors=return_tensors)
+        elif with_pixels and return_tensors == "pt":
+            data["pixel_values"] = torch.empty(0, 3, *self.image_size)
         return BatchFeature(data)
 
     def _render(self, pieces: list[Piece]) -> str:
