@@ -1,10 +1,11 @@
 """The engine: many conversations at once on one model, each a slot of fixed size.
 
-    engine = Engine(model, processor)
-    answer = engine.submit([{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what is this?"}]}])
-    for piece in answer:
-        print(piece.text, end="")
-"""  # fmt: skip
+engine = Engine(model, processor)
+content = [{"type": "image", "image": picture}, {"type": "text", "text": "what is this?"}]
+answer = engine.submit([{"role": "user", "content": content}])
+for piece in answer:
+    print(piece.text, end="")
+"""
 
 from __future__ import annotations
 

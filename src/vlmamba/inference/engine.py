@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from vlmamba.inference.request import Answer, Piece, Picture, Request, Sampling
+from vlmamba.inference.request import Answer, Picture, Piece, Request, Sampling
 from vlmamba.inference.runner import Runner
 from vlmamba.inference.sampling import draw
 from vlmamba.inference.scheduler import Scheduler
@@ -92,7 +92,7 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """What is going on now, and totals since the start."""
-        now = {
+        now: dict[str, float] = {
             "running": len(self._scheduler.active),
             "waiting": self._scheduler.waiting,
             "slots": self._scheduler.slots,

@@ -13,7 +13,7 @@ import numpy as np
 MOST_TEMPERATURE = 100.0
 
 
-class Overloaded(RuntimeError):
+class Overloaded(RuntimeError):  # noqa: N818 - it says what is, not that somebody erred
     """As many requests wait as may; ask again later."""
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vlmamba.inference.request import Picture
-from vlmamba.models.decode import BUCKETS, Decoder, Step, decoder_of
+from vlmamba.models.decode import BUCKETS, Decoder, Step, copy_all, decoder_of
 from vlmamba.models.state import MambaState
 
 if TYPE_CHECKING:
@@ -58,11 +58,12 @@ class Runner:
 
     def put(self, slot: int, state: MambaState | None) -> None:
         """Makes a slot's state this one; None: nothing was read."""
-        for layer in range(self.pool.num_layers):
-            for held, given in ((self.pool.conv, state and state.conv), (self.pool.ssm, state and state.ssm)):
-                target = held[layer]
-                assert target is not None
-                target[slot] = given[layer][0] if given else 0
+        for held, given in ((self.pool.conv, state and state.conv), (self.pool.ssm, state and state.ssm)):
+            rows = [layer[slot] for layer in held if layer is not None]
+            if given is None:
+                torch._foreach_zero_(rows)
+            else:
+                copy_all(rows, [layer[0] for layer in given if layer is not None])
 
     def take(self, slot: int) -> MambaState:
         """A copy of a slot's state."""
@@ -74,14 +75,13 @@ class Runner:
         longest, pad = max(map(len, rows)), self.processor.tokenizer.pad_token_id
         missing = [longest - len(row) for row in rows]
         ids = torch.tensor([[pad] * count + list(row) for count, row in zip(missing, rows, strict=True)])
-        mask = (torch.arange(longest) >= torch.tensor(missing)[:, None]).long() if any(missing) else None
         inputs: dict[str, Tensor] = {}
+        if any(missing):
+            inputs["attention_mask"] = (torch.arange(longest) >= torch.tensor(missing)[:, None]).long().to(self.device)
         if pictures:
             pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures])).to(self.device)
             inputs["pixel_values"] = self.processor.normalise(pixels)
-        return self._through_modules(
-            ids, slots, attention_mask=None if mask is None else mask.to(self.device), **inputs
-        )
+        return self._through_modules(ids, slots, **inputs)
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int], slots: Sequence[int]) -> Tensor:
