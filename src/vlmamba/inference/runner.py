@@ -58,12 +58,12 @@ class Runner:
 
     def put(self, slot: int, state: MambaState | None) -> None:
         """Makes a slot's state this one; None: nothing was read."""
-        for held, given in ((self.pool.conv, state and state.conv), (self.pool.ssm, state and state.ssm)):
-            rows = [layer[slot] for layer in held if layer is not None]
-            if given is None:
+        for part in ("conv", "ssm"):
+            rows = [layer[slot] for layer in getattr(self.pool, part)]
+            if state is None:
                 torch._foreach_zero_(rows)
             else:
-                copy_all(rows, [layer[0] for layer in given if layer is not None])
+                copy_all(rows, [layer[0] for layer in getattr(state, part)])
 
     def take(self, slot: int) -> MambaState:
         """A copy of a slot's state."""

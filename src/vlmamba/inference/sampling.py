@@ -31,7 +31,7 @@ def _drawn(logits_BV: Tensor, how: Sequence[Sampling], chances: Sequence[float])
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits_BV.device)[:, None]
 
-    ranked, tokens = logits_BV.double().sort(-1, descending=True, stable=True)
+    ranked, tokens = logits_BV.double().sort(dim=-1, descending=True, stable=True)
     # Below the best, so that no temperature, however low, makes an infinity.
     shares = torch.softmax((ranked - ranked[:, :1]) / column([s.temperature for s in how]), -1)
     before = shares.cumsum(-1) - shares
