@@ -64,6 +64,37 @@ def test_the_captured_step_s_slots(make, nano, chats, alone) -> None:
     assert set(engine._runner._steps) <= {1, 2, 4}
 
 
+def test_looking_at_tokens_a_turn_late_changes_nothing(make, chats, alone) -> None:
+    engine = make()
+    engine._runner.ahead = True
+    assert [text_of(a) for a in [engine.submit(chat, SHORT) for chat in chats]] == alone
+    one = Sampling(max_new_tokens=1)
+    assert [list(engine.submit(chat, one))[-1].tokens for chat in chats[:3]] == [1, 1, 1]
+    first = engine.submit(chats[0], SHORT)
+    longer = [*chats[0], {"role": "assistant", "content": text_of(first)}, {"role": "user", "content": "what else?"}]
+    second = engine.submit(longer, SHORT)
+    said = text_of(second)
+    assert second.cached_tokens > first.prompt_tokens + 1  # the end of the answer has been read too
+    assert said == text_of(make(cache_bytes=0).submit(longer, SHORT))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(nano, chats) -> None:
+    """The captured step over slots, a turn ahead: as `generate` there, alone."""
+    from vlmamba.commands.load import load
+
+    loaded = load("nano", "cuda", "float32")
+    engine = Engine(loaded.model, loaded.processor, slots=4)
+    answers = [text_of(answer) for answer in [engine.submit(chat, SHORT) for chat in chats]]
+    engine.close()
+    for chat, said in zip(chats, answers, strict=True):
+        inputs = loaded.processor.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ).to("cuda")
+        ids = loaded.model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        assert loaded.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)[0].strip() == said
+
+
 def test_a_picture_is_read_once(make, chats) -> None:
     engine = make(slots=8)
     answers = [engine.submit(chat, SHORT) for chat in chats[:8]]

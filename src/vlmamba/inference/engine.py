@@ -1,7 +1,9 @@
 """The engine: a thread that reads prompts and draws answers, as many at a time as there are slots.
 
-Each turn reads a stretch of the prompts of those who came last, all together, and then draws one token for everybody
-who is answering. So a long prompt holds up the answers of others by no more than a stretch.
+Each turn reads a stretch of the prompts of those who came last, all together, and draws one token for everybody who is
+answering. So a long prompt holds up the answers of others by no more than a stretch. On a GPU the tokens of a turn are
+looked at, turned into text and given out while the next turn is computed; who ended there has read a token too many,
+which nobody sees.
 """
 
 from __future__ import annotations
@@ -10,11 +12,10 @@ import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vlmamba.inference.request import Answer, Picture, Piece, Request, Sampling
 from vlmamba.inference.runner import Runner
-from vlmamba.inference.sampling import draw
 from vlmamba.inference.scheduler import Scheduler
 from vlmamba.inference.state_cache import StateCache
 from vlmamba.inference.text import Writer
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from vlmamba.models.processor import VLMambaProcessor
     from vlmamba.models.vlm import VLMambaForConditionalGeneration
 
+Drawing: TypeAlias = tuple[Sequence[Request], Callable[[], list[int]]]
+"""Who gets a token, and what tells the tokens once they are there."""
 STRETCH = 4096  # tokens that are read in one turn, padding included
 LONGEST_PROMPT = 1 << 20
 
@@ -59,6 +62,7 @@ class Engine:
         self._scheduler = Scheduler(slots, waiting)
         self._cache = StateCache(cache_bytes)
         self._writers: dict[Request, Writer] = {}
+        self._drawing: list[Drawing] = []
         self._totals = {"requests": 0, "prompt_tokens": 0, "cached_prompt_tokens": 0, "generated_tokens": 0}
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="vlmamba-engine", daemon=True)
@@ -137,13 +141,18 @@ class Engine:
                 request.answer.deliver(Piece("", 0, "cancelled"))
         for request in [r for r in self._scheduler.active if r.answer.cancelled]:
             self._end(request, "cancelled")
-        answering = [r for r in self._scheduler.active if r.drawn]
-        self._read([r for r in self._scheduler.active if not r.drawn])
+        before, self._drawing = self._drawing, []
+        answering = [r for r in self._scheduler.active if 0 < r.asked < r.sampling.max_new_tokens]
+        self._read([r for r in self._scheduler.active if not r.asked])
         if answering:
-            logits = self._runner.step([r.drawn[-1] for r in answering], [r.slot for r in answering])
+            logits = self._runner.step([request.slot for request in answering])
             for request in answering:
                 request.read += 1
             self._draw(answering, logits)
+        if not self._runner.ahead:
+            before, self._drawing = self._drawing, []
+        for requests, tell in before:
+            self._give_out(requests, tell())
 
     def _begin(self, request: Request) -> None:
         self._runner.put(request.slot, None)
@@ -193,11 +202,20 @@ class Engine:
         if done:
             self._draw([chosen[row][0] for row in done], logits[done])
 
-    def _draw(self, requests: list[Request], logits: Any) -> None:
-        """The next token of each, given out as far as its text is certain."""
+    def _draw(self, requests: Sequence[Request], logits: Any) -> None:
+        """Begins to draw the next token of each."""
+        for request in requests:
+            request.asked += 1
         chances = [r.chance.random() for r in requests]
+        tell = self._runner.draw(logits, [r.slot for r in requests], [r.sampling for r in requests], chances)
+        self._drawing.append((requests, tell))
+
+    def _give_out(self, requests: Sequence[Request], tokens: Sequence[int]) -> None:
+        """What the tokens say, as far as the text is certain; nothing of those who have ended since."""
         end = self._processor.tokenizer.eos_token_id
-        for request, token in zip(requests, draw(logits, [r.sampling for r in requests], chances), strict=True):
+        for request, token in zip(requests, tokens, strict=True):
+            if request not in self._writers:
+                continue
             request.drawn.append(token)
             self._totals["generated_tokens"] += 1
             text = "" if token == end else self._writers[request].write(token)
@@ -224,5 +242,6 @@ class Engine:
 
     def _end_all(self, finish: str, error: str = "") -> None:
         self._writers.clear()
+        self._drawing.clear()
         for request in self._scheduler.empty():
             request.answer.deliver(Piece("", len(request.drawn), finish, error))

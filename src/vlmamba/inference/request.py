@@ -101,7 +101,8 @@ class Picture:
 
 @dataclass(eq=False)
 class Request:
-    """One answer to be made. `read`: how many of `ids` the slot's state has read; `drawn`: the answer so far."""
+    """One answer to be made. `read`: how many of `ids` and the answer the slot's state has read; `drawn`: the answer as
+    far as it is known; `asked`: tokens that the device was told to draw, which it may still be doing."""
 
     ids: list[int]
     pictures: tuple[Picture, ...]
@@ -110,6 +111,7 @@ class Request:
     slot: int = -1
     read: int = 0
     drawn: list[int] = field(default_factory=list)
+    asked: int = 0
 
     def __post_init__(self) -> None:
         self.chance = Random(self.sampling.seed)

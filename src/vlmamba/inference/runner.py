@@ -1,4 +1,4 @@
-"""The model over a pool of states: reads stretches of prompts, and one token for all that are answering.
+"""The model over a pool of states: reads stretches of prompts, and one more token for all that are answering.
 
 On a GPU the one-token step is captured, once for each size of batch, and works on the slots where they lie; elsewhere,
 or where the fused weights cannot stand for the model, the states are taken out of the pool and put back.
@@ -8,14 +8,15 @@ Shapes: B rows, L tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlmamba.inference.request import Picture
+from vlmamba.inference.request import Picture, Sampling
+from vlmamba.inference.sampling import draw
 from vlmamba.models.decode import BUCKETS, Decoder, Step, copy_all, decoder_of
 from vlmamba.models.state import MambaState
 
@@ -49,12 +50,15 @@ class Runner:
         self._steps: dict[int, Step] = {}
         weight = language.lm_head.weight
         self.device, self._vocabulary = weight.device, model.config.num_text_tokens or len(weight)
+        self.ahead = self.device.type == "cuda"
+        """Whether the device works on while its results are looked at."""
         # A slot more than asked for: of the rows of a captured step that no sequence needs.
         with torch.inference_mode(False):
             self.pool = MambaState.zeros(
                 config.num_hidden_layers, slots + 1, config.intermediate_size, config.state_size, config.conv_kernel,
                 dtype=weight.dtype, device=weight.device,
             )  # fmt: skip
+            self._last = torch.zeros(slots + 1, dtype=torch.int64, device=weight.device)  # drawn in each slot
 
     def put(self, slot: int, state: MambaState | None) -> None:
         """Makes a slot's state this one; None: nothing was read."""
@@ -84,16 +88,37 @@ class Runner:
         return self._through_modules(ids, slots, **inputs)
 
     @torch.inference_mode()
-    def step(self, tokens: Sequence[int], slots: Sequence[int]) -> Tensor:
-        """Reads one token of each sequence; logits (B, V) float32, valid until the next call."""
+    def step(self, slots: Sequence[int]) -> Tensor:
+        """Reads the token last drawn in each slot; logits (B, V) float32, valid until the next call."""
         if self._decoder is None:
-            return self._through_modules(torch.tensor(tokens)[:, None], slots)
-        step, batch = self._step(len(tokens)), len(tokens)
-        step.buffers.slots[batch:] = step.spare
-        step.buffers.slots[:batch] = torch.tensor(slots, dtype=torch.int32)
-        step.buffers.tokens[:batch] = torch.tensor(tokens)
+            where = torch.tensor(slots, device=self.device)
+            return self._through_modules(self._last[where][:, None], slots)
+        step, batch = self._step(len(slots)), len(slots)
+        where = step.buffers.slots
+        where[batch:] = step.spare
+        where[:batch] = torch.tensor(slots, dtype=torch.int32)
+        step.buffers.tokens.copy_(self._last[where])
         step.run()
         return self._of_words(step.buffers.logits[:batch])
+
+    @torch.inference_mode()
+    def draw(
+        self, logits_BV: Tensor, slots: Sequence[int], how: Sequence[Sampling], chances: Sequence[float]
+    ) -> Callable[[], list[int]]:
+        """The next token of each slot. The device is not waited for: that does the function which tells the tokens."""
+        tokens = draw(logits_BV, how, chances)
+        self._last[torch.tensor(slots, device=self.device)] = tokens
+        if tokens.device.type != "cuda":
+            return tokens.tolist
+        there = torch.empty(len(slots), dtype=torch.int64, pin_memory=True).copy_(tokens, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def tell() -> list[int]:
+            copied.synchronize()
+            return there.tolist()
+
+        return tell
 
     def _step(self, batch: int) -> Step:
         assert self._decoder is not None

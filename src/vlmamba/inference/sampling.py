@@ -16,15 +16,13 @@ from torch import Tensor
 from vlmamba.inference.request import Sampling
 
 
-def draw(logits_BV: Tensor, how: Sequence[Sampling], chances: Sequence[float]) -> list[int]:
-    """One token a row. chances: (B,) in [0, 1), looked at where the temperature is above 0."""
-    best = logits_BV.argmax(-1).tolist()
+def draw(logits_BV: Tensor, how: Sequence[Sampling], chances: Sequence[float]) -> Tensor:
+    """One token a row, (B,) int64. chances: (B,) in [0, 1), looked at where the temperature is above 0."""
+    tokens = logits_BV.argmax(-1)
     rows = [row for row, sampling in enumerate(how) if sampling.temperature > 0]
     if rows:
-        drawn = _drawn(logits_BV[rows], [how[row] for row in rows], [chances[row] for row in rows])
-        for row, token in zip(rows, drawn.tolist(), strict=True):
-            best[row] = token
-    return best
+        tokens[rows] = _drawn(logits_BV[rows], [how[row] for row in rows], [chances[row] for row in rows])
+    return tokens
 
 
 def _drawn(logits_BV: Tensor, how: Sequence[Sampling], chances: Sequence[float]) -> Tensor:
