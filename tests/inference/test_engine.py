@@ -129,6 +129,27 @@ def test_a_long_prompt_is_read_in_stretches(make, chats, alone, monkeypatch) -> 
     assert [text_of(answer) for answer in answers] == alone
 
 
+def test_a_long_prompt_does_not_hold_up_others(make, chats, monkeypatch) -> None:
+    monkeypatch.setattr(module, "STRETCH", 64)
+    engine = make()
+    order, done = [], threading.Event()
+
+    def deliver(name: str):
+        def take(piece) -> None:
+            if piece.finish:
+                order.append(name)
+                if len(order) == 3:
+                    done.set()
+
+        return take
+
+    long = [{"role": "user", "content": "so many words " * 1500}]
+    for name, chat in (("long", long), ("one", [{"role": "user", "content": "hello"}]), ("two", chats[-1])):
+        engine.submit(chat, Sampling(max_new_tokens=2), deliver(name))
+    assert done.wait(60)
+    assert order[-1] == "long"
+
+
 def test_a_seed_draws_the_same_in_any_company(make, chats) -> None:
     drawn = Sampling(max_new_tokens=20, temperature=1.5, top_p=0.95, top_k=50, seed=7)
     described = about(chats[0], "describe the picture.")

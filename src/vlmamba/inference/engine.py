@@ -197,7 +197,9 @@ class Engine:
             request.read = end
             if end == len(request.ids):
                 done.append(row)
-            elif request.pictures and end == request.pictures[-1].end:
+                continue
+            self._scheduler.defer(request)  # a long prompt lets others read before its next stretch
+            if request.pictures and end == request.pictures[-1].end:
                 self._keep(request)
         if done:
             self._draw([chosen[row][0] for row in done], logits[done])

@@ -60,6 +60,11 @@ class Scheduler:
                 admitted.append(request)
         return admitted
 
+    def defer(self, request: Request) -> None:
+        """Puts a request behind all others that have a slot."""
+        self.active.remove(request)
+        self.active.append(request)
+
     def release(self, request: Request) -> None:
         """Takes the slot of a request that is done."""
         self.active.remove(request)
