@@ -207,14 +207,51 @@ def test_the_line_has_an_end(make, chats, monkeypatch) -> None:
     assert all(text_of(answer) for answer in answers)
 
 
-def test_an_error_ends_answers_but_not_the_engine(make, chats, alone, monkeypatch) -> None:
+@pytest.mark.parametrize("part", ["read", "step"])
+def test_an_error_ends_answers_but_not_the_engine(make, chats, alone, monkeypatch, part) -> None:
+    engine = make()
+    run = getattr(engine._runner, part)
+
+    def fail(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(engine._runner, part, fail)
+    *_, piece = engine.submit(chats[0], SHORT)
+    assert (piece.finish, piece.error) == ("error", "MemoryError: no room")
+    monkeypatch.setattr(engine._runner, part, run)
+    assert text_of(engine.submit(chats[0], SHORT)) == alone[0]
+
+
+def test_an_error_in_a_prompt_leaves_other_answers_alone(make, chats, alone, monkeypatch) -> None:
     engine = make()
     run = engine._runner.read
-    monkeypatch.setattr(engine._runner, "read", lambda *a: (_ for _ in ()).throw(MemoryError("no room")))
-    [piece] = engine.submit(chats[0], SHORT)
-    assert (piece.finish, piece.error) == ("error", "MemoryError: no room")
-    monkeypatch.setattr(engine._runner, "read", run)
-    assert text_of(engine.submit(chats[0], SHORT)) == alone[0]
+    full = threading.Event()
+
+    def read(*what):
+        if full.is_set():
+            raise MemoryError("no room")
+        return run(*what)
+
+    monkeypatch.setattr(engine._runner, "read", read)
+    described = engine.submit(about(chats[0], "describe the picture."), Sampling(max_new_tokens=40))
+    next(iter(described))
+    full.set()
+    *_, last = engine.submit(chats[-2], SHORT)
+    assert last.finish == "error"
+    assert text_of(described)
+
+
+def test_a_receiver_that_fails_is_its_own_trouble(make, chats, alone) -> None:
+    engine = make()
+
+    def fail(piece) -> None:
+        raise KeyError("gone")
+
+    failed, other = engine.submit(chats[0], SHORT, fail), engine.submit(chats[1], SHORT)
+    with pytest.warns(RuntimeWarning, match="receiver failed: KeyError"):
+        engine.close()
+    assert failed.cancelled
+    assert list(other)[-1].finish in ("stop", "cancelled")
 
 
 def test_what_cannot_be_asked(make) -> None:

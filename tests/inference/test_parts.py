@@ -190,17 +190,20 @@ def test_first_come_first_served() -> None:
         line.submit(each)
     with pytest.raises(Overloaded):
         line.submit(request([1]))
-    assert line.admit() == requests[:2]
+    assert line.admit() == (requests[:2], [])
     assert {r.slot for r in line.active} == {0, 1}
-    assert line.admit() == []
+    assert line.admit() == ([], [])
     line.release(requests[0])
-    assert line.admit() == [requests[2]]
+    assert line.admit() == ([requests[2]], [])
     assert requests[2].slot == requests[0].slot
+    line.submit(stays := request([1]))
     line.submit(gone := request([1]))
     gone.answer.cancel()
-    assert line.admit() == [gone]  # is told at once, though no slot is free
-    assert gone.slot == -1
-    assert line.empty() == [requests[1], requests[2]]
+    assert line.admit() == ([], [gone])  # at once, though no slot is free and another waits before it
+    assert line.waiting == 1
+    line.defer(requests[1])
+    assert line.active == [requests[2], requests[1]]
+    assert line.empty() == [requests[2], requests[1], stays]
     line.wait(0.01)
 
 

@@ -134,11 +134,11 @@ class Engine:
         self._end_all("cancelled")
 
     def _turn(self) -> None:
-        for request in self._scheduler.admit():
-            if request.slot >= 0:
-                self._begin(request)
-            else:
-                request.answer.deliver(Piece("", 0, "cancelled"))
+        admitted, gone = self._scheduler.admit()
+        for request in gone:
+            request.answer.deliver(Piece("", 0, "cancelled"))
+        for request in admitted:
+            self._begin(request)
         for request in [r for r in self._scheduler.active if r.answer.cancelled]:
             self._end(request, "cancelled")
         before, self._drawing = self._drawing, []
@@ -177,8 +177,13 @@ class Engine:
                 break
             begun.add(beginning)
             chosen.append((request, end, pictures))
-        if chosen:
+        if not chosen:
+            return
+        try:
             self._read_chosen(chosen)
+        except Exception as error:  # such as no memory for so many pictures: the states of others are as they were
+            for request, _, _ in chosen:
+                self._end(request, "error", error=f"{type(error).__name__}: {error}")
 
     def _recall(self, request: Request) -> None:
         """Gives the slot the state that has read most of the prompt."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
@@ -74,7 +75,15 @@ class Answer:
         self.cached_tokens = 0
         self.cancelled = False
         self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
-        self.deliver = deliver or self._pieces.put
+        self._deliver = deliver or self._pieces.put
+
+    def deliver(self, piece: Piece) -> None:
+        """Gives a piece to whoever asked; who cannot take it is asked no more."""
+        try:
+            self._deliver(piece)
+        except Exception as error:  # of theirs, not of the engine's
+            self.cancelled = True
+            warnings.warn(f"an answer's receiver failed: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
 
     def cancel(self) -> None:
         """No more of it is wanted. A last piece still comes."""

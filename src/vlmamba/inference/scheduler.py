@@ -47,18 +47,19 @@ class Scheduler:
             if not self._waiting and not self.active:
                 self._changed.wait(seconds)
 
-    def admit(self) -> list[Request]:
-        """Gives free slots to those who wait longest; those who no longer want an answer are given none, but
-        returned too."""
-        admitted = []
+    def admit(self) -> tuple[list[Request], list[Request]]:
+        """Gives free slots to those who wait longest, and tells who no longer wants an answer and was let go."""
         with self._changed:
-            while self._waiting and (self._free or self._waiting[0].answer.cancelled):
+            gone = [request for request in self._waiting if request.answer.cancelled]
+            for request in gone:
+                self._waiting.remove(request)
+            admitted = []
+            while self._waiting and self._free:
                 request = self._waiting.popleft()
-                if not request.answer.cancelled:
-                    request.slot = self._free.pop()
-                    self.active.append(request)
+                request.slot = self._free.pop()
                 admitted.append(request)
-        return admitted
+            self.active += admitted
+        return admitted, gone
 
     def defer(self, request: Request) -> None:
         """Puts a request behind all others that have a slot."""
