@@ -15,11 +15,11 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first asks, the second goes on."""
+    """The first asks, the second goes on, the third asks the engine."""
     monkeypatch.chdir(ROOT)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile("".join(BLOCKS[:2]), "README.md", "exec"), {})
-    assert printed.getvalue().split() == ["bell", "square"]
+        exec(compile("".join(BLOCKS[:3]), "README.md", "exec"), {})
+    assert [line.strip() for line in printed.getvalue().splitlines()] == ["bell", "square", "['bell', 'bell', 'bell']"]
 
 
 def test_composition_is_spelled_right() -> None:
@@ -28,9 +28,9 @@ def test_composition_is_spelled_right() -> None:
 
     from vlmamba.models.weights import compose
 
-    compile(BLOCKS[2], "README.md", "exec")
+    compile(BLOCKS[3], "README.md", "exec")
     assert {"vision", "language", "connector", "scan"} <= set(inspect.signature(compose).parameters) & set(
-        re.findall(r"(\w+)=", BLOCKS[2])
+        re.findall(r"(\w+)=", BLOCKS[3])
     )
 
 
