@@ -18,6 +18,7 @@ ALLOWED = {
     "training": {"models", "data"},
     "evaluation": {"models.processor"},
     "inference": {"models", "ops"},
+    "serving": {"inference", "models.images"},
 }
 
 

@@ -60,7 +60,9 @@ def test_help_is_quick():
         )
         after = os.times()  # processor time, so that a busy machine does not count
         took.append(after.children_user - before.children_user + after.children_system - before.children_system)
-    assert all(name in done.stdout for name in ("ask", "chat", "train", "data", "eval", "score", "info", "verify"))
+    assert all(
+        name in done.stdout for name in ("ask", "chat", "serve", "train", "data", "eval", "score", "info", "verify")
+    )
     assert min(took) < 0.5
 
 

@@ -1,4 +1,5 @@
-"""The command line: `vlmamba ask`, `chat`, `train`, `data scenes|check`, `eval`, `score`, `report`, `info`, `verify`.
+"""The command line: `vlmamba ask`, `chat`, `serve`, `train`, `data scenes|check`, `eval`, `score`, `report`, `info`,
+`verify`.
 
 The composition root: it alone knows every part of the package. Nothing heavy is imported before a command is known, so
 that `vlmamba --help` answers at once.
@@ -18,6 +19,7 @@ from typing import Any
 _HOMES = {
     "ask": ("talk", "ask"),
     "chat": ("talk", "chat"),
+    "serve": ("serve", "serve"),
     "train": ("learn", "train"),
     "data scenes": ("learn", "scenes"),
     "data check": ("inspect_data", "check"),
@@ -113,6 +115,7 @@ def build_parser() -> Any:
     commands = parser.add_subcommands(dest="command", required=True, metavar="COMMAND")
     commands.add_subcommand("ask", _ask(), help="answer a question about an image")
     commands.add_subcommand("chat", _chat(), help="talk about images; the model's state is kept between turns")
+    commands.add_subcommand("serve", _serve(), help="answer over HTTP, as OpenAI's chat completions do")
     commands.add_subcommand("train", _train(), help="run a recipe, or a pipeline of recipes such as nano")
     data = _parser("Make data, and look at data.")
     commands.add_subcommand("data", data, help="make and check data: vlmamba data scenes, vlmamba data check")
@@ -162,6 +165,23 @@ def _chat() -> Any:
     parser = _parser("Talk about images. /image PATH, /reset, /quit.")
     parser.add_argument("image", type=str, nargs="?", default=None, help="an image file to begin with")
     _answer_options(parser)
+    return parser
+
+
+def _serve() -> Any:
+    parser = _parser("Answer over HTTP, as OpenAI's chat completions do, many conversations at once.")
+    parser.add_argument("model", type=str, nargs="?", default="nano", help="nano (shipped), a folder or a Hub id")
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen at; 0.0.0.0: all of IPv4")
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    parser.add_argument("--slots", type=int, default=64, help="answers made at once; more requests wait")
+    parser.add_argument(
+        "--api-key", type=str, default=None, help="asked of every client; default: what VLMAMBA_API_KEY holds, if any"
+    )
+    parser.add_argument("--no-fetch", action="store_true", help="take pictures as data: URLs only, fetch none")
+    parser.add_argument(
+        "--allow-host", type=str, action="append", metavar="HOST", help="a private host that pictures may come from"
+    )
+    _device_options(parser)
     return parser
 
 

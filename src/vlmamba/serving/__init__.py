@@ -1,0 +1,1 @@
+"""The engine behind HTTP, spoken to as OpenAI's chat completions: `protocol`, `fetch` (pictures), `app`."""
