@@ -8,8 +8,8 @@ The gate comes first: no number is taken while an op or model is wrong. Meanwhil
 process of its own, which compiles its kernels. Then come the numbers that the project aims at, each beside its best
 peers, then wider sweeps and other peers, and last what takes a minute a number. Results go to
 benchmarks/results/<hardware>.{json,md,png} after every part, so a run that is cut short keeps what it has; a later run
-of some sections replaces those alone. Where there is no git, the environment variable VLMAMBA_COMMIT says which commit
-is measured.
+of some sections replaces what it measures of those, and names the commit of what it leaves. Where there is no git, the
+environment variable VLMAMBA_COMMIT says which commit is measured.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         plots.draw(report.rows, report.path.with_suffix(".png"))
     gc.unfreeze()
     if bench.begun:
+        report.end(bench.begun)
         report.write()
     print(f"{time.monotonic() - began:.0f} s; {report.path.with_suffix('.md')}")
     failed = [row for row in report.rows if row.who == OURS and row.note.startswith("failed")]

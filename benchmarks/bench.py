@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.report import Report, Row, timed
+from benchmarks.report import MISSING, Report, Row, timed
 from benchmarks.timing import Timing
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ class Bench:
         self.begun: set[str] = set()
 
     def begin(self, section: str, seconds: float, part: str = "marks") -> None:
-        """The first time in this run, an earlier run's rows of the section go."""
+        """The first time in this run, an earlier run's rows of the section become what is kept until it is replaced."""
         self.section, self.part, self._end, self._until = section, part, time.monotonic() + seconds, 0.0
         if section not in self.begun:
             self.begun.add(section)
@@ -108,7 +108,7 @@ class Bench:
 
     def missing(self, case: str, who: str, reason: str = NO_TIME) -> None:
         """A row that says why this peer has no number."""
-        self.add(case, who, "missing", note=reason)
+        self.add(case, who, MISSING, note=reason)
 
     @contextmanager
     def row_of(self, case: str, who: str, mode: str) -> Iterator[None]:

@@ -1,21 +1,24 @@
 """Rows of measurements, and what they are written to: JSON for programs, tables for people.
 
 A file is written after each section, so that a run that is cut short keeps what it had. A later run of some sections
-replaces those and leaves the others; each says which commit it was made from, and when.
+replaces those and leaves the others; each says which commit it was made from, and when. Rows that a shorter run does
+not come to stay, under the commit that they were measured at.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.aims import AIMS
 from benchmarks.timing import Timing
 
-OURS, LIMITS = "vlmamba", "measured limits"
+OURS, LIMITS, MISSING = "vlmamba", "measured limits", "missing"
+_MARK = re.compile(r"\bcommit \S+$")
 
 
 @dataclass(frozen=True)
@@ -65,21 +68,37 @@ class Report:
         self.seconds: dict[str, float] = {}
         self.about: dict[str, str] = {}
         self.made: dict[str, dict[str, str]] = {}
+        self._kept: list[Row] = []  # of the sections begun: what an earlier run measured of them
+        self._known = False  # whether that was on the hardware that is here now
         if path.with_suffix(".json").exists():
             stored = json.loads(path.with_suffix(".json").read_text())
             self.rows = [Row(**row) for row in stored["rows"]]
             self.seconds, self.about, self.made = stored["seconds"], stored["about"], stored.get("made", {})
             self.machine = {**stored["machine"], **machine}
+            self._known = stored["machine"].get("name") == machine.get("name")
 
     def start(self, section: str) -> None:
-        """Forgets an earlier run's rows of this section, and notes of which run the next ones are."""
+        """Marks an earlier run's rows of this section with its commit, and notes of which run the next ones are."""
+        before, now = (str(of.get("commit", "unknown")) for of in (self.made.get(section, {}), self.machine))
+        earlier = [row for row in self.rows if row.section == section and self._known and _measured(row)]
+        self._kept += earlier if before == now else [_marked(row, before) for row in earlier]
         self.rows = [row for row in self.rows if row.section != section]
+        self.rows += [row for row in self._kept if row.section == section]
         self.about[section], self.seconds[section] = "", 0.0
         self.made[section] = {name: str(self.machine.get(name, "")) for name in ("commit", "date", LIMITS)}
 
     def add(self, row: Row) -> Row:
-        self.rows.append(row)
+        """Puts a row in, in the place of an earlier run's."""
+        replaced = [old for old in self._kept if _key(old) == _key(row)]
+        self._kept = [old for old in self._kept if old not in replaced]
+        self.rows = [old for old in self.rows if old not in replaced] + [row]
         return row
+
+    def end(self, sections: set[str]) -> None:
+        """Forgets an earlier run's rows of the sections of which this run left nothing out: they are of cases that
+        there are no more."""
+        short = {row.section for row in self.rows if row.mode == MISSING}
+        self.rows = [row for row in self.rows if row.section not in sections - short or row not in self._kept]
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,16 +113,33 @@ class Report:
         lines += [f"* {key}: {value}" for key, value in self.machine.items() if key != "name"]
         for section in dict.fromkeys(row.section for row in self.rows):
             rows = [row for row in self.rows if row.section == section]
-            lines += ["", f"## {section}", "", self.about.get(section, ""), "", *self._origin(section), *_table(rows)]
+            origin = self._origin(section, any(_MARK.search(row.note) for row in rows))
+            lines += ["", f"## {section}", "", self.about.get(section, ""), "", *origin, *_table(rows)]
         return "\n".join(lines) + "\n"
 
-    def _origin(self, section: str) -> list[str]:
-        """Which run the rows come from; the limits too where they are not those at the top."""
+    def _origin(self, section: str, mixed: bool) -> list[str]:
+        """Which run the rows come from (`mixed`: not all); the limits too where they are not those at the top."""
         made = self.made.get(section, {})
         if not made.get("commit"):
             return []
         others = made.get(LIMITS, "") if made.get(LIMITS) != self.machine.get(LIMITS) else ""
-        return [f"Commit {made['commit']}, {made['date']}{f'; limits: {others}' if others else ''}.", ""]
+        mixture = " Rows that name a commit are of an earlier run, held against its limits." if mixed else ""
+        return [f"Commit {made['commit']}, {made['date']}{f'; limits: {others}' if others else ''}.{mixture}", ""]
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return (row.section, row.case, row.who, row.mode, row.unit)
+
+
+def _measured(row: Row) -> bool:
+    """Whether a row says something of the hardware: a number, or that memory did not suffice."""
+    return row.mode != MISSING and not row.note.startswith("failed")
+
+
+def _marked(row: Row, commit: str) -> Row:
+    if _MARK.search(row.note):
+        return row
+    return replace(row, note=", ".join(filter(None, [row.note, f"commit {commit}"])))
 
 
 def _table(rows: list[Row]) -> list[str]:

@@ -14,11 +14,12 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_first_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first asks, the second goes on, the third asks the engine."""
     monkeypatch.chdir(ROOT)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(BLOCKS[0], "README.md", "exec"), {})
-    assert printed.getvalue().strip() == "bell"
+        exec(compile("".join(BLOCKS[:3]), "README.md", "exec"), {})
+    assert [line.strip() for line in printed.getvalue().splitlines()] == ["bell", "square", "['bell', 'bell', 'bell']"]
 
 
 def test_composition_is_spelled_right() -> None:
@@ -27,9 +28,9 @@ def test_composition_is_spelled_right() -> None:
 
     from vlmamba.models.weights import compose
 
-    compile(BLOCKS[1], "README.md", "exec")
+    compile(BLOCKS[3], "README.md", "exec")
     assert {"vision", "language", "connector", "scan"} <= set(inspect.signature(compose).parameters) & set(
-        re.findall(r"(\w+)=", BLOCKS[1])
+        re.findall(r"(\w+)=", BLOCKS[3])
     )
 
 

@@ -91,6 +91,34 @@ def test_a_second_run_replaces_its_own_sections_alone(tmp_path: Path) -> None:
     assert [row.value for row in Report(tmp_path / "x", {}).rows] == [2.0, 3.0]
 
 
+def test_a_shorter_run_keeps_what_it_does_not_come_to(tmp_path: Path) -> None:
+    def run_at(
+        commit: str, name: str = "m", short: bool = True, **values: float
+    ) -> dict[str, tuple[float | None, str]]:
+        report = Report(tmp_path / "x", {"name": name, "commit": commit, "date": "today"})
+        bench = Bench(report, torch.device("cpu"), True, {})
+        bench.begin("ops", 10)
+        for case, value in values.items():
+            bench.add(case, "vlmamba", "graph", value=value)
+        if short:
+            bench.missing("more", "all")
+        report.end(bench.begun)
+        report.write()
+        return {row.case: (row.value, row.note) for row in Report(tmp_path / "x", {}).rows if row.mode == "graph"}
+
+    assert run_at("1st", a=1.0, b=2.0, c=3.0) == {"a": (1.0, ""), "b": (2.0, ""), "c": (3.0, "")}
+    assert "earlier run" not in (tmp_path / "x.md").read_text()
+    assert run_at("2nd", a=4.0, b=5.0) == {"a": (4.0, ""), "b": (5.0, ""), "c": (3.0, "commit 1st")}
+    assert run_at("3rd", a=6.0) == {"a": (6.0, ""), "b": (5.0, "commit 2nd"), "c": (3.0, "commit 1st")}
+    text = (tmp_path / "x.md").read_text()
+    assert "| b | vlmamba | graph (commit 2nd) |" in text
+    assert "Commit 3rd, today. Rows that name a commit are of an earlier run, held against its limits." in text
+    assert run_at("3rd", b=7.0) == {"a": (6.0, ""), "b": (7.0, ""), "c": (3.0, "commit 1st")}
+    assert run_at("4th", short=False, b=8.0) == {"b": (8.0, "")}  # all that there is now
+    assert run_at("4th", short=False, b=8.0) == {"b": (8.0, "")}
+    assert run_at("5th", name="another machine", c=9.0) == {"c": (9.0, "")}
+
+
 @pytest.mark.parametrize(
     ("unit", "ours", "theirs", "said"),
     [("ms", 2.0, 6.0, "3.00 x slower"), ("tokens/s", 600.0, 200.0, "3.00 x slower"), ("ms", 6.0, 2.0, "3.00 x faster")],

@@ -126,6 +126,20 @@ def test_pretraining_pictures_are_one_download(tmp_path: Path, capsys) -> None:
     assert "to download: 27.4 GB; room for 55 GB" in said
 
 
+def test_only_folders_that_samples_name_are_looked_at(tmp_path: Path) -> None:
+    """Paths may lead out of the image folder, or be absolute: what lies around there is nobody's surplus."""
+    named = ["here/a.jpg", "./here/b.jpg", "../beside/c.jpg", f"{tmp_path}/far/d.jpg"]
+    others = ["set/here/extra.jpg", "beside/extra.jpg", "beside/deeper/e.jpg", "private/f.jpg", "g.jpg", "set/h.jpg"]
+    for name in [*(f"set/{name}" for name in named[:3]), "far/d.jpg", *others]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encoded("JPEG"))
+    file = tmp_path / "set" / "data.json"
+    file.write_text(json.dumps([{"image": n, "conversations": talk("What?\n<image>", "This")} for n in named]))
+    report = check(str(file), str(tmp_path / "set"))
+    assert not report.unusable
+    assert {name: part.surplus for name, part in report.parts.items()} == {"here": 1, "..": 1, "/": 0}
+
+
 def test_a_clean_file_passes(tmp_path: Path, capsys) -> None:
     entries = [{"conversations": talk("Hi", "Hello")}, {"image": "a.jpg", "conversations": talk("<image>Hi", "Hello")}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, entries)))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from official import put_json
+from rich.console import Console
 
 from vlmamba.data.scenes.export import write
 from vlmamba.data.scenes.sprites import available_things
 from vlmamba.evaluation import Request, check, evaluate, score
+from vlmamba.evaluation.report import report
+from vlmamba.evaluation.results import table
 from vlmamba.evaluation.task import Example
 from vlmamba.evaluation.tasks import TASKS
 
@@ -75,3 +80,20 @@ def test_round_trip(name: str, sets: Path, tmp_path: Path) -> None:
         perfect = score("vqav2", sets, put_json(tmp_path / "perfect.json", rows))
     assert perfect["headline"] == pytest.approx(BEST.get(name, 100.0))
     assert worse["headline"] < perfect["headline"] - 5
+
+
+def test_no_paper_beside_drawn_scenes(sets: Path, tmp_path: Path) -> None:
+    """The same files without the mark are taken for the real ones."""
+    examples = TASKS["gqa"].examples(sets / "gqa", "llava")
+    for paper in (None, TASKS["gqa"].paper):
+        out = tmp_path / str(paper)
+        found = evaluate(Oracle(examples, wrong=False), ["gqa"], sets, out)
+        console = Console(file=io.StringIO(), width=120)
+        console.print(table(found))
+        page = report(out, tmp_path / "page.html").read_text()
+        assert found[0]["paper"] == paper
+        assert json.loads((out / "gqa" / "result.json").read_text())["paper"] == paper
+        for text in (console.file.getvalue(), page):  # type: ignore[attr-defined]
+            assert ("VL-Mamba 2.8b" in text) == ("56.2" in text) == (paper is not None)
+            assert ("GQA (drawn scenes)" in text) == (paper is None)
+        (sets / "gqa" / "drawn.json").unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from transformers import MambaForCausalLM as TransformersMamba
 
 from vlmamba.models import MambaState, VLMambaForCausalLM
+from vlmamba.models.decode import generate_tokens
 from vlmamba.models.names import to_runtime
 
 
@@ -169,16 +170,26 @@ def test_dt_bias_is_initialised_in_range(model):
         assert dt.std() > 0.005
 
 
+@pytest.mark.parametrize("side", ["left", "right", "both"])
 @torch.no_grad()
-def test_generate_batched_left_padded_equals_single(model):
+def test_generate_batched_padded_equals_single(model, side, monkeypatch):
+    monkeypatch.setattr("transformers.generation.utils.logger.warning", pytest.fail)  # it warns of padding at the end
     prompts = [tokens(1, n, seed=n) for n in (4, 9, 1)]
-    ids, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)
+    ids, mask = torch.zeros(3, 10, dtype=torch.long), torch.zeros(3, 10, dtype=torch.long)
     for b, p in enumerate(prompts):
-        ids[b, 9 - p.shape[1] :], mask[b, 9 - p.shape[1] :] = p[0], 1
-    batch = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None)
+        n = p.shape[1]
+        start = {"left": 10 - n, "right": 0, "both": (10 - n) // 2}[side]
+        ids[b, start : start + n], mask[b, start : start + n] = p[0], 1
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    batch = model.generate(ids, attention_mask=mask, **options)
+    loop = torch.cat(list(generate_tokens(model, ids, attention_mask=mask, max_new_tokens=5)), 1)
+    assert torch.equal(batch[:, :10], ids)
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeds, attention_mask=mask, **options), batch[:, 10:])
     for b, p in enumerate(prompts):
-        single = model.generate(p, max_new_tokens=12, do_sample=False, eos_token_id=None)
-        assert batch[b, 9:].tolist() == single[0, p.shape[1] :].tolist()
+        single = model.generate(p, **options)
+        assert batch[b, 10:].tolist() == single[0, p.shape[1] :].tolist()
+        assert loop[b].tolist() == torch.cat(list(generate_tokens(model, p, max_new_tokens=5)), 1)[0].tolist()
 
 
 @torch.no_grad()
@@ -186,8 +197,11 @@ def test_generate_continues_from_a_state(model):
     ids = tokens(1, 10)
     whole = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
     state = model(ids[:, :6], use_cache=True).cache_params
-    rest = model.generate(ids[:, 6:], cache_params=state, max_new_tokens=8, do_sample=False, eos_token_id=None)
-    assert rest[0, 4:].tolist() == whole[0, 10:].tolist()
+    more, mask = torch.nn.functional.pad(ids[:, 6:], (0, 2)), (torch.arange(12) < 10).long()[None]
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    for given in ({"input_ids": more, "attention_mask": mask}, {"input_ids": ids[:, 6:]}):
+        rest = model.generate(**given, cache_params=state.clone(), **options)
+        assert rest[0, -8:].tolist() == whole[0, 10:].tolist()
 
 
 @torch.no_grad()

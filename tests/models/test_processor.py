@@ -448,3 +448,17 @@ def test_pipeline_takes_messages_and_text_with_images(tiny_model):
     assert raw[0]["generated_text"] == answer["content"]
     batch = pipe(text=[messages, [user("hi")]], return_full_text=False, **options)
     assert batch[0][0]["generated_text"] == answer["content"]
+
+
+def test_a_pipeline_batches_chats_with_and_without_pictures(tiny_model):
+    from transformers import pipeline
+
+    ask = pipeline("image-text-to-text", model=str(tiny_model), dtype="float32")
+    chats = [[user("hi")], [user(image_part(), "What is this?")], [user(image_part(), "and", image_part())]]
+    how = {"generate_kwargs": {"max_new_tokens": 3, "do_sample": False}, "return_full_text": False}
+    said = ask(text=chats, batch_size=3, **how)
+    assert said == ask(text=chats, batch_size=1, **how)
+    assert len(said) == 3
+    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    text = ask.processor.apply_chat_template(chats[0], **how)  # a language model alone takes it
+    assert "pixel_values" not in text

@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
     MambaConfig,
@@ -50,10 +51,11 @@ def pixels(n: int, seed: int = 0, height: int = 16) -> torch.Tensor:
     return torch.randn(n, 3, height, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def left_padded(prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(prompts: list[torch.Tensor], side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
     width = max(p.shape[1] for p in prompts)
-    ids = torch.cat([torch.nn.functional.pad(p, (width - p.shape[1], 0)) for p in prompts])
-    mask = torch.cat([torch.nn.functional.pad(torch.ones_like(p), (width - p.shape[1], 0)) for p in prompts])
+    room = [(width - p.shape[1], 0) if side == "left" else (0, width - p.shape[1]) for p in prompts]
+    ids = torch.cat([torch.nn.functional.pad(p, r) for p, r in zip(prompts, room)])
+    mask = torch.cat([torch.nn.functional.pad(torch.ones_like(p), r) for p, r in zip(prompts, room)])
     return ids, mask
 
 
@@ -131,25 +133,29 @@ def test_more_tokens(tmp_path):
         assert torch.equal(again(ids, pixels(1)).logits, after)
 
 
-def test_batched_generation_equals_single_generation():
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batched_generation_equals_single_generation(side):
     model = tiny()
     prompts = [prompt(3, "image", 4, 5), prompt(9), prompt("image", 8, "image", 7), prompt(2, 3, 4)]
     images = pixels(3)
-    ids, mask = left_padded(prompts)
+    ids, mask = padded(prompts, side)
     batch = model.generate(ids, attention_mask=mask, pixel_values=images, **GREEDY)
+    assert torch.equal(batch[:, : ids.shape[1]], ids)
     own = [images[:1], None, images[1:], None]
     for b, (p, image) in enumerate(zip(prompts, own, strict=True)):
         single = model.generate(p, pixel_values=image, **GREEDY)
         assert batch[b, ids.shape[1] :].tolist() == single[0, p.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_copies_of_a_prompt_take_all_its_images_along():
+def test_copies_of_a_prompt_take_all_its_images_along(side):
     model = tiny()
     prompts, images = [prompt("image", 8, "image", 7), prompt(5, "image", 6)], pixels(3)
-    ids, mask = left_padded(prompts)
+    ids, mask = padded(prompts, side)
     options = GREEDY | {"num_beams": 3, "num_return_sequences": 2}
     batch = model.generate(ids, attention_mask=mask, pixel_values=images, **options)
+    assert torch.equal(batch[:, : ids.shape[1]], ids.repeat_interleave(2, 0))
     for b, (p, image) in enumerate(zip(prompts, (images[:2], images[2:]), strict=True)):
         single = model.generate(p, pixel_values=image, **options)
         assert batch[2 * b : 2 * b + 2, ids.shape[1] :].tolist() == single[:, p.shape[1] :].tolist()
@@ -213,11 +219,12 @@ def test_generation_without_a_cache_is_the_same():
     assert model.generate(ids, pixel_values=image, use_cache=False, **GREEDY).tolist() == cached.tolist()
 
 
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForImageTextToText])
 @torch.no_grad()
-def test_save_and_load_through_auto_classes(tmp_path):
+def test_save_and_load_through_auto_classes(auto, tmp_path):
     model = tiny(scan="csm", scan_weights="per-order")
     model.save_pretrained(tmp_path)
-    again, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    again, info = auto.from_pretrained(tmp_path, output_loading_info=True)
     assert isinstance(again, VLMambaForConditionalGeneration)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -275,9 +282,10 @@ import sys
 {first}
 import vlmamba
 {"assert 'torch' not in sys.modules and 'transformers' not in sys.modules" if not first else ""}
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 config = AutoConfig.for_model("vlmamba")
-assert AutoModelForImageTextToText._model_mapping[type(config)].__name__ == "VLMambaForConditionalGeneration"
+for auto in (AutoModel, AutoModelForImageTextToText):
+    assert auto._model_mapping[type(config)].__name__ == "VLMambaForConditionalGeneration"
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 assert PROCESSOR_MAPPING[type(config)].__name__ == "VLMambaProcessor"
 """

@@ -177,7 +177,7 @@ def test_an_encoder_alone(recipe) -> None:
         model={"vision": vision | {"num_attention_heads": 2}, "language": None, "vision_layer": -1},
         data=[{"scenes": {"seed": 2, "what": "patches"}, "size": 40}],
         stage={"vision": {"lr": 1e-2}, "connector": {"lr": 0.0}, "language": {"lr": 0.0}},
-        optim={"global_batch": 4, "micro_batch": 4},
+        optim={"global_batch": 4, "micro_batch": 4, "max_length": 400},
     )
     plain, batches = make_step(config)
     framed, _ = make_step(config, Graphs())

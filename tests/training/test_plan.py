@@ -79,7 +79,7 @@ def test_sizes_are_those_of_the_model(recipe) -> None:
 
 def test_what_cannot_be_known(recipe, tmp_path) -> None:
     with pytest.raises(ConfigError, match="holds no VL-Mamba"):
-        outline(recipe(model={"vision": None, "language": None, "path": str(tmp_path)}).model)
+        outline(recipe(model={"vision": None, "language": None, "tokenizer": None, "path": str(tmp_path)}).model)
     config = recipe(model={"language": "stage:nothing"})
     with pytest.raises(ConfigError, match="names no stage before this one"):
         outline(config.model)
@@ -120,6 +120,24 @@ def test_the_recipe_may_be_an_option(recipe, tmp_path, capsys, words) -> None:
     assert "at the peak" in said
     assert ("max_steps: 7" in said) == ("optim.max_steps=7" in words)
     assert ("output: elsewhere" in said) == ("elsewhere" in words)
+
+
+@pytest.mark.parametrize("missing", ["data.0.llava.file=gone.json", "data.0.llava.images=gone"])
+def test_data_that_are_not_there(recipe, tmp_path, capsys, missing) -> None:
+    """The plan is made all the same; the error is the run's."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(to_mapping(recipe())))
+    assert main(["train", str(file), missing, "--dry-run"]) == 2
+    planned = capsys.readouterr()
+    assert "at the peak" in planned.out
+    assert "gone" in planned.err
+    assert main(["train", str(file), missing]) == 2
+    assert capsys.readouterr().err.endswith(planned.err)
+
+
+def test_a_run_is_named_after_its_recipe(capsys) -> None:
+    main(["train", "paper/language-1.4b", "--dry-run"])
+    assert "output: runs/language-1.4b/stage2" in capsys.readouterr().out
 
 
 def test_no_recipe(capsys) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_round_trip(recipe: Path) -> None:
         ("data.0.size=0", "data.0.size: scenes are endless"),
         ("data=[]", "data: is empty"),
         ("stage.language.lr=0", "nothing is trained"),
-        ("model.path=there", "path names a whole model"),
+        ("model.path=there", "path names a whole model, with its own language, tokenizer; leave path or these out"),
         ("model.language=null", "name a path"),
         ("optim.warmup=1", "optim.warmup"),
         ("output.x=1", "output is a value"),
@@ -74,6 +75,15 @@ def test_mistakes_are_named(recipe: Path, override: str, words: str) -> None:
         load_config(recipe, [override])
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override", ["connector=mlp", "scan=csm", "scan_weights=per-order", "vision_layer=-1", "image_place=after"]
+)
+def test_a_whole_model_is_not_put_together_anew(override: str) -> None:
+    field = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"with its own {field}; leave path or these out"):
+        load_config("finetune/cpu", [f"model.{override}"], output="out")
 
 
 def test_mistakes_in_the_file(tmp_path: Path) -> None:
@@ -93,6 +103,13 @@ def test_shipped_recipe_by_name() -> None:
     assert find_recipe("paper/stage1").name == "stage1.yaml"
     with pytest.raises(ConfigError, match="paper/stage1"):
         find_recipe("paper/stage9")
+
+
+@pytest.mark.parametrize(("name", "folder"), [("nano/pipeline", "nano"), ("{}/pipeline.yaml", "{}")])
+def test_a_pipeline_is_no_recipe(name: str, folder: str, tmp_path: Path) -> None:
+    (tmp_path / "pipeline.yaml").write_text("stages: [one]")
+    with pytest.raises(ConfigError, match=re.escape("name its folder: vlmamba train " + folder.format(tmp_path)) + "$"):
+        load_config(name.format(tmp_path), output="out")
 
 
 def test_reading_a_recipe_needs_no_torch(recipe: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmamba.commands.load import Loaded
+from vlmamba.inference.text import Writer
 
 if TYPE_CHECKING:
     from vlmamba.models.state import MambaState
@@ -106,18 +107,6 @@ class Conversation:
 
 
 def _text(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
-    """The tokens as text, whole characters at a time; the blank that begins every answer is left out."""
-    held: list[int] = []
-    begun = False
-    for token in tokens:
-        held.append(token)
-        text = tokenizer.decode(held, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if text.endswith("\ufffd"):  # the middle of a character
-            continue
-        held = []
-        text = text if begun else text.lstrip(" ")
-        begun = begun or bool(text)
-        if text:
-            yield text
-    if held:
-        yield tokenizer.decode(held, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    writer = Writer(tokenizer, ())
+    yield from filter(None, map(writer.write, tokens))
+    yield from filter(None, [writer.rest()])

@@ -19,19 +19,21 @@ def train(
     Args:
         words: the recipe, unless `config` names it, then overrides.
     """
-    from vlmamba.training.config import load_config, recipes_folder
+    from vlmamba.training.config import PIPELINE_FILE, load_config, recipes_folder
 
     recipe, changes = _sorted_out(list(words or []), config)
-    folder = output or str(Path("runs") / Path(recipe).with_suffix("").name)
-    if any((path / "pipeline.yaml").is_file() for path in (Path(recipe), recipes_folder() / recipe)):
+    folder = output or str(Path("runs") / Path(recipe).resolve().name.removesuffix(".yaml"))
+    if any((path / PIPELINE_FILE).is_file() for path in (Path(recipe), recipes_folder() / recipe)):
         return _train_pipeline(recipe, folder, changes, dry_run, overfit_one_batch)
     if output is None and not any(change.startswith("output=") for change in changes):
         changes = [*changes, *([] if _names_output(recipe) else [f"output={folder}"])]
     asked = load_config(recipe, changes, **({"output": output} if output else {}))
     if dry_run:
         from vlmamba.training.plan import dry_run as plan
+        from vlmamba.training.plan import require_data
 
-        print("\n".join(plan(asked)))
+        print("\n".join(plan(asked)), flush=True)
+        require_data(asked)
     elif overfit_one_batch:
         return _overfit(asked)
     else:
@@ -58,7 +60,8 @@ def _train_pipeline(recipe: str, folder: str, changes: list[str], dry_run: bool,
     if overfit:
         raise ValueError(f"--overfit-one-batch: takes one recipe; {recipe} is a pipeline")
     if dry_run:
-        print("\n".join(plan_pipeline(recipe, folder, changes)))
+        for line in plan_pipeline(recipe, folder, changes):
+            print(line, flush=True)
     else:
         run_pipeline(recipe, folder, changes)
     return 0

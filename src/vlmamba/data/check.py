@@ -263,17 +263,17 @@ def _suffixes_of(kind: str) -> tuple[str, ...]:
 
 
 def _count_surplus(folder: Path, users: dict[str, list[int]], report: Report) -> None:
-    """Pictures in the folders of the data set that no sample asks for."""
-    known, file = {os.path.splitext(path)[0] for path in users}, Path(report.file).name
-    for folder_name, part in report.parts.items():
-        below = folder / folder_name
-        for place, _, files in os.walk(below) if below.is_dir() else ():
-            for name in files:
-                path = os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/")
-                stem, suffix = os.path.splitext(path)
-                if suffix in SUFFIXES and stem not in known and folder_of(path, file) == folder_name:
-                    part.surplus += 1
-                    part.surplus_bytes += os.path.getsize(os.path.join(place, name))
+    """Pictures that no sample asks for, in the folders that hold one that is asked for: nowhere else is looked."""
+    file = Path(report.file).name
+    places = {os.path.dirname(os.path.normpath(path)): report.parts[folder_of(path, file)] for path in users}
+    known = {os.path.splitext(os.path.normpath(path))[0] for path in users}
+    for place, part in places.items():
+        _, _, names = next(os.walk(folder / place), ("", [], []))
+        for name in names:
+            stem, suffix = os.path.splitext(os.path.join(place, name))
+            if suffix in SUFFIXES and stem not in known:
+                part.surplus += 1
+                part.surplus_bytes += os.path.getsize(folder / place / name)
 
 
 def _pace(files: list[Path]) -> float | None:

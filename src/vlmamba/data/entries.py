@@ -17,6 +17,12 @@ _BETWEEN = re.compile(r"[ \t\r\n]*")
 _BOM = b"\xef\xbb\xbf"
 
 
+def require_file(file: Path) -> None:
+    """ValueError unless the file is there."""
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; expected a LLaVA JSON (a list of id, image, conversations)")
+
+
 class Entries:
     """The objects of a JSON list, or of JSON lines (`.jsonl`).
 
@@ -26,8 +32,7 @@ class Entries:
 
     def __init__(self, file: str | Path):
         self.file = Path(file)
-        if not self.file.is_file():
-            raise ValueError(f"{self.file}: no such file; expected a LLaVA JSON (a list of id, image, conversations)")
+        require_file(self.file)
         content = self.file.read_bytes()
         self._fingerprint = hashlib.sha256(content).hexdigest()
         spans = _lines(content) if self.file.suffix == ".jsonl" else _items(content, self.file)

@@ -30,7 +30,7 @@ class ParquetRows:
 
     def __init__(self, pattern: str | Path):
         arrow = _arrow()
-        self.files = _matching(str(pattern))
+        self.files = matching(str(pattern))
         self._open: tuple[int, Path, Any] | None = None  # of which process, which file
         self._groups: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()  # by number, the last one used at the end
         self._texts: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
@@ -123,7 +123,8 @@ def _arrow() -> Any:
     return pyarrow
 
 
-def _matching(pattern: str) -> list[Path]:
+def matching(pattern: str) -> list[Path]:
+    """The files that a source's name means, in order; ValueError if there are none."""
     found = sorted(Path(pattern).glob("*.parquet")) if Path(pattern).is_dir() else sorted(map(Path, glob(pattern)))
     if not found:
         raise ValueError(f"{pattern}: no such parquet file")

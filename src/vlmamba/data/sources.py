@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from vlmamba.data.entries import Entries
-from vlmamba.data.parquet import ParquetRows, is_parquet
+from vlmamba.data.entries import Entries, require_file
+from vlmamba.data.parquet import ParquetRows, is_parquet, matching
 from vlmamba.data.records import Record, llava_record
 from vlmamba.data.sampling import Supply
 from vlmamba.data.scenes import Question, SceneSample, World
@@ -80,12 +80,11 @@ class LlavaSource:
     """A LLaVA JSON or JSON lines file; entries and images are read when a sample is asked for."""
 
     def __init__(self, config: LlavaConfig, weight: float = 1.0):
+        require_there(config)
         self.entries, self.name = Entries(config.file), Path(config.file)
         if not len(self.entries):
             raise ValueError(f"{config.file}: holds no samples")
         self.images = None if config.images is None else Path(config.images)
-        if self.images is not None and not self.images.is_dir():
-            raise ValueError(f"{self.images}: no such folder of images (for {config.file})")
         self.supply = Supply(len(self.entries), weight)
 
     def record(self, index: int) -> Record:
@@ -163,6 +162,16 @@ def _as_asked(question: Question, number: int) -> str:
     comes with the benchmarks' instruction."""
     text = question.prompt(instruct=number % 4 == 0)
     return text if number // 4 % 2 else text[0].upper() + text[1:]
+
+
+def require_there(config: LlavaConfig) -> None:
+    """ValueError for a file or folder that is not there, as a run raises it; nothing is read."""
+    if is_parquet(config.file):
+        matching(config.file)
+        return
+    require_file(Path(config.file))
+    if config.images is not None and not Path(config.images).is_dir():
+        raise ValueError(f"{config.images}: no such folder of images (for {config.file})")
 
 
 def open_source(config: SourceConfig) -> Source:

@@ -91,18 +91,20 @@ def _number(value: float | None) -> str:
 
 
 def _overview(sections: Sequence[Section]) -> str:
-    rows = []
+    rows, published = [], any(section.result["paper"] is not None for section in sections)
     for section in sections:
         r, s = section.result, section.share
         right = f"{s.mean:.1f} % [{s.low:.1f}, {s.high:.1f}]" if s else "–"
+        paper = f'<td class="n">{_number(r["paper"])}</td>' if published else ""
         rows.append(
             f'<tr><td><a href="#{r["task"]}">{escape(r["title"])}</a></td><td>{escape(r["metric"])}</td>'
-            f'<td class="n"><b>{_number(r["headline"])}</b></td><td class="n">{_number(r["paper"])}</td>'
+            f'<td class="n"><b>{_number(r["headline"])}</b></td>{paper}'
             f'<td class="n">{right}</td><td class="n">{r["coverage"]["answered"]:,}</td></tr>'
         )
     return (
-        '<table><thead><tr><th>benchmark</th><th>metric</th><th class="n">score</th><th class="n">VL-Mamba 2.8b</th>'
-        '<th class="n">right, 95 % interval</th><th class="n">answers</th></tr></thead><tbody>'
+        '<table><thead><tr><th>benchmark</th><th>metric</th><th class="n">score</th>'
+        + ('<th class="n">VL-Mamba 2.8b</th>' if published else "")
+        + '<th class="n">right, 95 % interval</th><th class="n">answers</th></tr></thead><tbody>'
         + "".join(rows)
         + "</tbody></table>"
     )

@@ -16,6 +16,7 @@ from vlmamba.evaluation.task import Joined, Options, Score, Task
 from vlmamba.evaluation.uncertainty import standard_error
 
 FORMAT = 1
+_DRAWN = "drawn.json"  # `vlmamba data scenes` leaves it in its sets
 
 
 def weights_hash(folder: Path) -> str:
@@ -35,8 +36,10 @@ def weights_hash(folder: Path) -> str:
 def build(
     task: Task, joined: Joined, score: Score, options: Options, folder: Path, run: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A result: run (model, weights, decoding, variant, or the file that was scored), numbers, and every answer."""
-    answers, images = joined.last, task.image_folder()
+    """A result: run (model, weights, decoding, variant, or the file that was scored), numbers, and every answer.
+
+    Of drawn scenes in a benchmark's layout the title says that they are, and the paper's number is left out."""
+    answers, images, drawn = joined.last, task.image_folder(), (folder / _DRAWN).is_file()
     rows = []
     for example in joined.examples:
         prediction, outcome = answers.get(example.id), score.outcomes.get(example.id)
@@ -56,12 +59,12 @@ def build(
     return {
         "format": FORMAT,
         "task": task.name,
-        "title": task.title,
+        "title": f"{task.title} (drawn scenes)" if drawn else task.title,
         "task_version": task.version,
         "metric": task.metric,
         "headline": score.headline,
         "standard_error": standard_error(task, joined, score, folder, options),
-        "paper": task.paper,
+        "paper": None if drawn else task.paper,
         "run": dict(run),
         "options": {
             "mmbench_rule": options.rule,
@@ -95,13 +98,14 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def table(results: Sequence[Mapping[str, Any]], name: str = "this run") -> Table:
-    """The headlines with their standard errors, beside the paper's."""
+    """The headlines with their standard errors, beside the paper's where it has any."""
+    published = any(result["paper"] is not None for result in results)
     grid = Table("benchmark", "metric")
-    for title in ("questions", "VL-Mamba 2.8b (paper)", name):
+    for title in ("questions", *(["VL-Mamba 2.8b (paper)"] if published else []), name):
         grid.add_column(title, justify="right")
     for result in results:
-        paper = "" if result["paper"] is None else f"{result['paper']:.1f}"
-        grid.add_row(result["title"], result["metric"], f"{result['coverage']['questions']:,}", paper, _number(result))
+        paper = ["" if result["paper"] is None else f"{result['paper']:.1f}"] if published else []
+        grid.add_row(result["title"], result["metric"], f"{result['coverage']['questions']:,}", *paper, _number(result))
     return grid
 
 

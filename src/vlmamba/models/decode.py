@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vlmamba.models.padding import towards_end
 from vlmamba.models.state import MambaState
 from vlmamba.ops import dispatch
 from vlmamba.ops.decode import HOST_ROWS, Buffers, Head, Layer, Matrix, Plan, quantise, step
@@ -442,14 +443,10 @@ def generate_tokens(
     limits = (known, getattr(model.config, "image_token_id", -1))
     state = state or MambaState.empty(len(language.backbone.layers))
     images = {} if pixel_values is None else {"pixel_values": pixel_values}
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        cache_params=state,
-        use_cache=True,
-        logits_to_keep=1,
-        **images,
-    )
+    if attention_mask is not None:
+        attention_mask, input_ids = towards_end(attention_mask, input_ids)
+    prompt = {"input_ids": input_ids, "attention_mask": attention_mask, **images}
+    output = model(**prompt, cache_params=state, use_cache=True, logits_to_keep=1)
     generator = torch.Generator(input_ids.device).manual_seed(seed)
     token = _draw(output.logits[:, -1], temperature, generator)
     ends = torch.tensor(list(stops), dtype=torch.int64)

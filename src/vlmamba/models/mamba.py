@@ -26,7 +26,7 @@ from vlmamba.models import decode, prefill
 from vlmamba.models.loading import LoadsStrictly
 from vlmamba.models.loss import next_token_loss
 from vlmamba.models.names import register_names
-from vlmamba.models.padding import Compaction
+from vlmamba.models.padding import Compaction, towards_end
 from vlmamba.models.state import MambaState
 
 
@@ -333,6 +333,23 @@ class RecurrentGenerationMixin(GenerationMixin):
     With `cache_params` it reads all ids that it is given, after what the state has read. So give what is new alone: the
     last token of the answer before, which was drawn but not read, and what follows it; not the whole sequence again.
     """
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', and exact wherever `attention_mask` has its zeros: prompts that end in padding are read
+        as if it stood before them, and given back as they came, with the new tokens after the padding."""
+        mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        tokens = ids if embeds is None else embeds
+        if mask is None or tokens is None or mask.ndim != 2 or bool((mask[:, -1] != 0).all()):
+            return super().generate(inputs, *args, **kwargs)
+        prompt = {name: t for name, t in (("input_ids", ids), ("inputs_embeds", embeds)) if t is not None}
+        kwargs["attention_mask"], *moved = towards_end(mask[:, -tokens.shape[1] :], *prompt.values())
+        output = super().generate(None, *args, **kwargs | dict(zip(prompt, moved, strict=True)))
+        if ids is not None:
+            sequences = output if isinstance(output, Tensor) else output.sequences
+            sequences[:, : ids.shape[1]] = ids.repeat_interleave(len(sequences) // len(ids), 0)
+        return output
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
         config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)

@@ -51,3 +51,11 @@ class Compaction:
         if self.order is None:
             return x_BLd
         return torch.empty_like(x_BLd).scatter(1, self.order[..., None].expand_as(x_BLd), x_BLd)
+
+
+def towards_end(attention_mask: Tensor, *tokens: Tensor) -> tuple[Tensor, ...]:
+    """A mask (B, L) and tokens (B, L) or (B, L, d), with the valid ones at the end of their row, in their order: where
+    what comes next is to be told from the last position."""
+    order = torch.argsort(attention_mask != 0, dim=1, stable=True)
+    moved = [t.gather(1, order if t.ndim == 2 else order[..., None].expand_as(t)) for t in (attention_mask, *tokens)]
+    return tuple(moved)

@@ -36,7 +36,7 @@ class VLMambaProcessor(ProcessorMixin):
     Args:
         image_processor: a CLIPImageProcessorPil or SiglipImageProcessorPil.
         tokenizer: a fast tokenizer. `<image>` is added to it if it has none, `<|padding|>` or else the end of text
-            becomes its padding token, and it pads on the left, as generation needs.
+            becomes its padding token, and it pads on the left, as is usual for generation.
         patch_size, vision_cls: of the vision tower; they give the number of tokens of an image.
         image_mode: "pad", to a square with the mean colour (stage 2 and all use), or "crop", the image processor's own
             resize and crop (stage 1).
@@ -230,7 +230,8 @@ class VLMambaProcessor(ProcessorMixin):
             begin: False leaves the system sentence out, for later turns of a conversation that goes on from a state.
             tokenize: ids rather than a string.
             return_dict: input_ids, attention_mask and pixel_values rather than input_ids alone.
-            processor_kwargs: `image_mode`, `padding` and `return_tensors`, as transformers' pipeline passes them.
+            processor_kwargs: `image_mode`, `padding` and `return_tensors`, as transformers' pipeline passes them. With
+                it there are always pixel_values, if of no image: a pipeline batches only what has the same names.
         """
         if chat_template is not None or self.chat_template is not None:
             from jinja2 import TemplateError
@@ -273,7 +274,7 @@ class VLMambaProcessor(ProcessorMixin):
             return strings if batched else strings[0]
         rows = [self._encode(pieces)[0] for pieces, _ in prompts]
         images = [_fetched(image) for _, found in prompts for image in found]
-        inputs = self._inputs(rows, images, batched=batched, **options)
+        inputs = self._inputs(rows, images, batched=batched, with_pixels=processor_kwargs is not None, **options)
         return inputs if return_dict else inputs["input_ids"]
 
     def encode_messages(
@@ -294,6 +295,7 @@ class VLMambaProcessor(ProcessorMixin):
         images: list[Any],
         *,
         batched: bool,
+        with_pixels: bool,
         image_mode: str | None,
         padding: bool,
         return_tensors: str | None,
@@ -305,6 +307,8 @@ class VLMambaProcessor(ProcessorMixin):
         if images:
             framed = [self._framed(image, image_mode) for image in images]
             data |= self.image_processor(framed, return_tensors=return_tensors)
+        elif with_pixels and return_tensors == "pt":
+            data["pixel_values"] = torch.empty(0, 3, *self.image_size)
         return BatchFeature(data)
 
     def _render(self, pieces: list[Piece]) -> str:

@@ -1,9 +1,10 @@
 """Makes transformers' Auto classes know VL-Mamba after `import vlmamba`, without importing anything for it.
 
 `AutoConfig.register` and its like want the classes, and so the seconds that transformers and torch take to load, on
-every `import vlmamba` and `vlmamba --help`. transformers' own models are known to it by name instead, in three tables,
+every `import vlmamba` and `vlmamba --help`. transformers' own models are known to it by name instead, in tables,
 and imported on first use. Ours take the same way: their names are added to the tables, now or as soon as the module
-that holds a table has been imported, and `transformers.models.vlmamba` leads to `vlmamba.models`.
+that holds a table has been imported, and `transformers.models.vlmamba` leads to `vlmamba.models`. `AutoModel`
+gives the model that answers: there is none without a head.
 """
 
 from __future__ import annotations
@@ -17,23 +18,26 @@ from types import ModuleType
 _MODEL_TYPE, _CONFIG = "vlmamba", "VLMambaConfig"
 _AUTO = "transformers.models.auto."
 
-# Module of transformers: its table of names, our class, and the mapping that is built over the table.
-_TABLES = {
-    _AUTO + "configuration_auto": ("CONFIG_MAPPING_NAMES", _CONFIG, None),
+# Modules of transformers, our class for them, their tables of names, and the mappings that are built over those.
+_TABLES: dict[str, tuple[str, dict[str, str | None]]] = {
+    _AUTO + "configuration_auto": (_CONFIG, {"CONFIG_MAPPING_NAMES": None}),
     _AUTO + "modeling_auto": (
-        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
         "VLMambaForConditionalGeneration",
-        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+        {
+            "MODEL_MAPPING_NAMES": "MODEL_MAPPING",
+            "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+        },
     ),
-    _AUTO + "processing_auto": ("PROCESSOR_MAPPING_NAMES", "VLMambaProcessor", "PROCESSOR_MAPPING"),
+    _AUTO + "processing_auto": ("VLMambaProcessor", {"PROCESSOR_MAPPING_NAMES": "PROCESSOR_MAPPING"}),
 }
 
 
 def _add_name(module: ModuleType) -> None:
-    table, name, mapping = _TABLES[module.__name__]
-    getattr(module, table)[_MODEL_TYPE] = name
-    if mapping is not None:
-        getattr(module, mapping)._reverse_config_mapping[_CONFIG] = _MODEL_TYPE
+    name, tables = _TABLES[module.__name__]
+    for table, mapping in tables.items():
+        getattr(module, table)[_MODEL_TYPE] = name
+        if mapping is not None:
+            getattr(module, mapping)._reverse_config_mapping[_CONFIG] = _MODEL_TYPE
 
 
 class _AfterImport(MetaPathFinder):

@@ -138,12 +138,14 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, RecurrentGeneratio
 
         Args:
             input_ids: (B, L); every image stands as P copies of `config.image_token_id`.
-            pixel_values: (I, 3, H, W), the images of the whole batch in reading order.
+            pixel_values: (I, 3, H, W), the images of the whole batch in reading order; I may be 0.
             labels: as there; `input_ids` may be given, as placeholders have no loss.
             num_labels: how many positions have a label to predict, from a caller who has looked at the batch before it
                 went to the device, and seen that its images fit: nothing is then waited for.
         """
         padding, check = None, None
+        if pixel_values is not None and not len(pixel_values):
+            pixel_values = None
         if attention_mask is not None:  # looked at before the device is given work: looking waits for it
             tokens = input_ids if inputs_embeds is None else inputs_embeds
             padding = None if tokens is None else Compaction.of(attention_mask, seq_idx, tokens.shape[:2])

@@ -20,6 +20,7 @@ import yaml
 from vlmamba.data.sources import ScenesConfig, SourceConfig
 
 PARTS = ("vision", "connector", "language")
+PIPELINE_FILE = "pipeline.yaml"
 
 
 class ConfigError(ValueError):
@@ -255,9 +256,11 @@ def _check_run(config: RunConfig) -> None:
             "model: name a path (an existing VL-Mamba), a language part, or a vision encoder to be trained alone",
         )
     else:
+        given = [f.name for f in dataclasses.fields(model) if f.name != "path" and getattr(model, f.name) != f.default]
         require(
-            model.vision is None and model.language is None,
-            "model: path names a whole model; leave vision and language out, or leave path out",
+            not given,
+            f"model: path names a whole model, with its own {', '.join(given)}; leave path or these out (in a pipeline "
+            "they are for the stage that puts the parts together: STAGE.model.KEY=VALUE)",
         )
     require(
         any(getattr(config.stage, part).lr > 0 for part in PARTS),
@@ -326,7 +329,12 @@ def load_config(file: str | Path, overrides: Sequence[str] = (), **values: Any) 
     Raises:
         ConfigError: an unknown key (with the nearest valid one), a value of the wrong type, a missing field.
     """
-    return parse(RunConfig, file, overrides, **values)
+    path = find_recipe(file)
+    require(
+        path.name != PIPELINE_FILE,
+        f"{file}: is a pipeline, not a recipe of one run; name its folder: vlmamba train {Path(file).parent}",
+    )
+    return parse(RunConfig, path, overrides, **values)
 
 
 T = typing.TypeVar("T")
@@ -389,7 +397,7 @@ def find_recipe(name: str | Path) -> Path:
         if path.is_file():
             return path
     files = (p.relative_to(recipes_folder()) for p in recipes_folder().rglob("*.yaml"))
-    known = sorted({str(p.parent if p.name == "pipeline.yaml" else p.with_suffix("")) for p in files})
+    known = sorted({str(p.parent if p.name == PIPELINE_FILE else p.with_suffix("")) for p in files})
     raise ConfigError(f"{name}: no such recipe file; shipped ones are {', '.join(known)}")
 
 

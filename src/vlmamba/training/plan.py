@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 import yaml
 
+from vlmamba.data.sources import require_there
 from vlmamba.training import build, launch
 from vlmamba.training.config import ConfigError, RunConfig, to_mapping
 from vlmamba.training.estimate import estimate, product_rate
@@ -39,6 +40,13 @@ def dry_run(config: RunConfig, earlier: Mapping[str, RunConfig] | None = None) -
         yield "on one H100 or H200 instead:"
         lines = list(estimate(config, "cuda", world, earlier).lines("cuda", product_rate("cuda"), world))
         yield from (line for line in lines if line.startswith("memory") or "TFLOP a step" in line)
+
+
+def require_data(config: RunConfig) -> None:
+    """ValueError, as the run raises it, if a file or folder of its data is not there."""
+    for source in config.data:
+        if source.llava is not None:
+            require_there(source.llava)
 
 
 def overfit(config: RunConfig, steps: int = 200) -> Iterator[tuple[int, float]]:

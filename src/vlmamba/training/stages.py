@@ -27,6 +27,7 @@ from vlmamba.models.template import SYSTEM
 from vlmamba.models.vlm import VLMambaForConditionalGeneration
 from vlmamba.training import build
 from vlmamba.training.config import (
+    PIPELINE_FILE,
     ConfigError,
     PipelineConfig,
     RunConfig,
@@ -39,10 +40,9 @@ from vlmamba.training.curve import draw_curves
 from vlmamba.training.launch import run
 from vlmamba.training.metrics import read_metrics
 from vlmamba.training.parallel import joined
-from vlmamba.training.plan import dry_run
+from vlmamba.training.plan import dry_run, require_data
 from vlmamba.training.tokenizer import train_tokenizer
 
-PIPELINE_FILE = "pipeline.yaml"
 TOKENIZER = "tokenizer"
 
 
@@ -80,7 +80,11 @@ def finish_pipeline(output: Path, config: PipelineConfig) -> None:
 
 
 def plan_pipeline(name: str | Path, output: str | Path, overrides: Sequence[str] = ()) -> Iterator[str]:
-    """What every stage would be and take, as lines; nothing is loaded or written."""
+    """What every stage would be and take, as lines; nothing is loaded or written.
+
+    Raises:
+        ValueError: after the last line, if data of a stage are not there.
+    """
     folder = find_pipeline(name)
     config = read_pipeline(folder, overrides)
     earlier: dict[str, RunConfig] = {}
@@ -89,6 +93,8 @@ def plan_pipeline(name: str | Path, output: str | Path, overrides: Sequence[str]
         yield f"# stage {stage}"
         yield from dry_run(recipe, earlier)
         earlier[stage] = recipe
+    for recipe in earlier.values():
+        require_data(recipe)
 
 
 def find_pipeline(name: str | Path) -> Path:

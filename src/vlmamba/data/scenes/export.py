@@ -5,6 +5,7 @@ A set is written beside its place and moved there when it is complete.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -31,6 +32,9 @@ KINDS: dict[str, Callable[[Path, Source], None]] = {
     "mmbench": layouts.mmbench,
     "mm-vet": layouts.mm_vet,
 }
+
+MARK = "drawn.json"
+"""The file by which a set is known from the benchmark whose layout it has; it says how it was drawn."""
 
 
 def write(
@@ -65,6 +69,9 @@ def write(
             which = split or ("train" if name.startswith("llava") else "test")
             source = Source(seed, which, size, count, Random(f"{seed}/{name}"), partial(bar.advance, task))
             KINDS[name](folder, source)
+            if not name.startswith("llava"):
+                facts = {"kind": name, "count": count, "seed": seed, "size": size, "split": which}
+                (folder / MARK).write_text(json.dumps(facts))
     return target
 
 

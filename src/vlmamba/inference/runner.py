@@ -1,0 +1,145 @@
+"""The model over a pool of states: reads stretches of prompts, and one more token for all that are answering.
+
+On a GPU the one-token step is captured, once for each size of batch, and works on the slots where they lie; elsewhere,
+or where the fused weights cannot stand for the model, the states are taken out of the pool and put back.
+
+Shapes: B rows, L tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmamba.inference.request import Picture, Sampling
+from vlmamba.inference.sampling import draw
+from vlmamba.models.decode import BUCKETS, Decoder, Step, copy_all, decoder_of
+from vlmamba.models.state import MambaState
+
+if TYPE_CHECKING:
+    from vlmamba.models.processor import VLMambaProcessor
+    from vlmamba.models.vlm import VLMambaForConditionalGeneration
+
+
+class Runner:
+    """All that touches the device.
+
+    Args:
+        model, processor: in eval mode, on their device.
+        slots: sequences in the pool. decoder: fused weights; of the model if not given.
+        options: of every captured step, for tests.
+    """
+
+    def __init__(
+        self,
+        model: VLMambaForConditionalGeneration,
+        processor: VLMambaProcessor,
+        slots: int,
+        decoder: Decoder | None = None,
+        **options: Any,
+    ) -> None:
+        self.model, self.processor, self.slots = model, processor, slots
+        language, config = model.language_model, model.config.text_config
+        found = decoder or decoder_of(language)
+        self._decoder = found if isinstance(found, Decoder) else None
+        self._options = options
+        self._steps: dict[int, Step] = {}
+        weight = language.lm_head.weight
+        self.device, self._vocabulary = weight.device, model.config.num_text_tokens or len(weight)
+        self.ahead = self.device.type == "cuda"
+        """Whether the device works on while its results are looked at."""
+        # A slot more than asked for: of the rows of a captured step that no sequence needs.
+        with torch.inference_mode(False):
+            self.pool = MambaState.zeros(
+                config.num_hidden_layers, slots + 1, config.intermediate_size, config.state_size, config.conv_kernel,
+                dtype=weight.dtype, device=weight.device,
+            )  # fmt: skip
+            self._last = torch.zeros(slots + 1, dtype=torch.int64, device=weight.device)  # drawn in each slot
+
+    def put(self, slot: int, state: MambaState | None) -> None:
+        """Makes a slot's state this one; None: nothing was read."""
+        for part in ("conv", "ssm"):
+            rows = [layer[slot] for layer in getattr(self.pool, part)]
+            if state is None:
+                torch._foreach_zero_(rows)
+            else:
+                copy_all(rows, [layer[0] for layer in getattr(state, part)])
+
+    def take(self, slot: int) -> MambaState:
+        """A copy of a slot's state."""
+        return self.pool.gather(torch.tensor([slot]))
+
+    @torch.inference_mode()
+    def read(self, rows: Sequence[Sequence[int]], slots: Sequence[int], pictures: Sequence[Picture]) -> Tensor:
+        """Reads more tokens of some sequences; logits (B, V) float32 after the last ones. pictures: all, row by row."""
+        longest, pad = max(map(len, rows)), self.processor.tokenizer.pad_token_id
+        missing = [longest - len(row) for row in rows]
+        ids = torch.tensor([[pad] * count + list(row) for count, row in zip(missing, rows, strict=True)])
+        inputs: dict[str, Tensor] = {}
+        if any(missing):
+            inputs["attention_mask"] = (torch.arange(longest) >= torch.tensor(missing)[:, None]).long().to(self.device)
+        if pictures:
+            pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures])).to(self.device)
+            inputs["pixel_values"] = self.processor.normalise(pixels)
+        return self._through_modules(ids, slots, **inputs)
+
+    @torch.inference_mode()
+    def step(self, slots: Sequence[int]) -> Tensor:
+        """Reads the token last drawn in each slot; logits (B, V) float32, valid until the next call."""
+        if self._decoder is None:
+            where = torch.tensor(slots, device=self.device)
+            return self._through_modules(self._last[where][:, None], slots)
+        step, batch = self._step(len(slots)), len(slots)
+        where = step.buffers.slots
+        where[batch:] = step.spare
+        where[:batch] = torch.tensor(slots, dtype=torch.int32)
+        step.buffers.tokens.copy_(self._last[where])
+        step.run()
+        return self._of_words(step.buffers.logits[:batch])
+
+    @torch.inference_mode()
+    def draw(
+        self, logits_BV: Tensor, slots: Sequence[int], how: Sequence[Sampling], chances: Sequence[float]
+    ) -> Callable[[], list[int]]:
+        """The next token of each slot. The device is not waited for: that does the function which tells the tokens."""
+        tokens = draw(logits_BV, how, chances)
+        self._last[torch.tensor(slots, device=self.device)] = tokens
+        if tokens.device.type != "cuda":
+            return tokens.tolist
+        there = torch.empty(len(slots), dtype=torch.int64, pin_memory=True).copy_(tokens, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def tell() -> list[int]:
+            copied.synchronize()
+            return there.tolist()
+
+        return tell
+
+    def _step(self, batch: int) -> Step:
+        assert self._decoder is not None
+        bucket = next((b for b in BUCKETS if b >= batch), batch)
+        if bucket not in self._steps:
+            self._steps[bucket] = Step(self._decoder.layers, self._decoder.head, self.pool, bucket, **self._options)
+        return self._steps[bucket]
+
+    def _through_modules(self, ids_BL: Tensor, slots: Sequence[int], **inputs: Any) -> Tensor:
+        where = torch.tensor(slots)
+        state = self.pool.gather(where)
+        output = self.model(
+            input_ids=ids_BL.to(self.device), cache_params=state, use_cache=True, logits_to_keep=1, **inputs
+        )
+        self.pool.scatter(where, state)
+        return self._of_words(output.logits[:, -1])
+
+    def _of_words(self, logits_BV: Tensor) -> Tensor:
+        """Without what is no token of the text: the vocabulary's padding, and the placeholder of pictures."""
+        logits = logits_BV[:, : self._vocabulary].float()
+        placeholder = self.model.config.image_token_id
+        if placeholder < logits.shape[1]:
+            logits = logits.index_fill(1, torch.tensor([placeholder], device=logits.device), -torch.inf)
+        return logits
