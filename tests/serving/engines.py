@@ -79,7 +79,8 @@ class CannedEngine:
         return {"running": 1, "requests_total": float(len(self.asked))}
 
     def close(self) -> None:
-        pass
+        for answer in self.answers:
+            answer.cancel()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 KEY_VARIABLE = "VLMAMBA_API_KEY"
-CLOSING_SECONDS = 5  # in which answers under way may end, once the server is told to
 
 
 def serve(
@@ -25,9 +24,8 @@ def serve(
 ) -> None:
     """Answers requests until it is interrupted."""
     try:
-        import uvicorn
-
         from vlmamba.serving.app import create_app
+        from vlmamba.serving.server import run
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "starlette", "uvicorn"):
             raise
@@ -47,11 +45,10 @@ def serve(
         try:
             limits = Limits(remote=not no_fetch, allowed_hosts=frozenset(map(str.lower, allow_host or ())))
             app = create_app(engine, pictures=limits, api_key=key)
-            config = uvicorn.Config(app, timeout_graceful_shutdown=CLOSING_SECONDS)
             print(f"vlmamba: {name} on {loaded.device} at http://{_shown(host)}:{door.getsockname()[1]}/v1", flush=True)
             if key is None and not _is_loopback(host):
                 print(f"vlmamba: anybody who reaches {host} may ask: no --api-key, no {KEY_VARIABLE}", file=sys.stderr)
-            uvicorn.Server(config).run(sockets=[door])
+            run(app, engine, door)
         finally:
             engine.close()
 
