@@ -8,6 +8,7 @@ import json
 import logging
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,22 @@ def test_pictures_that_are_none(client: httpx.Client) -> None:
         error = refused(client.post("/v1/chat/completions", json=asking("what?", picture(), image)), 400)
         assert error["param"] == "messages[0].content[1]"
         assert words in error["message"]
+
+
+def test_slow_hosts_hold_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(application, "FETCHES", 1)
+    engine = CannedEngine()
+    limits = Limits(seconds=1, allowed_hosts=frozenset({"127.0.0.1"}))
+    with socket.create_server(("127.0.0.1", 0)) as silent, serving(create_app(engine, pictures=limits)) as client:
+        slow = asking("slow", f"http://127.0.0.1:{silent.getsockname()[1]}/a.png")
+        with ThreadPoolExecutor(1) as other:
+            waiting = other.submit(client.post, "/v1/chat/completions", json=slow)
+            caller, _ = silent.accept()
+            with caller:
+                assert client.post("/v1/chat/completions", json=asking("quick", picture())).status_code == 200
+                assert not waiting.done()
+                wait([waiting])
+            assert "too long" in refused(waiting.result(), 400)["message"]
 
 
 def test_what_the_template_does_not_take() -> None:

@@ -13,11 +13,7 @@ from vlmamba.serving.protocol import Usage
 
 
 class Answers:
-    """Several answers to one prompt. Made on the event loop, begun on any thread.
-
-    Attributes:
-        pieces: of all answers, as (index, piece).
-    """
+    """Several answers to one prompt. Made on the event loop, begun on any thread, listened to on the event loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()

@@ -81,7 +81,9 @@ class _Service:
         wanted = await _on(self._preparing, lambda: parse_request(_parse_json(body), self._engine.name))
         links, encoded = wanted.links(), []
         if links:
-            encoded = await _on(self._fetching, lambda: self._fetcher.fetch(links))
+            # Who waits for slow hosts holds up nobody else.
+            pool = self._preparing if all(link.is_data for link in links) else self._fetching
+            encoded = await _on(pool, lambda: self._fetcher.fetch(links))
         answers = Answers()
         watch = asyncio.create_task(_cancel_when_gone(request, answers))
         try:

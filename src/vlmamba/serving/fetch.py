@@ -132,6 +132,8 @@ class Fetcher:
             found = lookup.result(_left(deadline))
         except UnicodeError as error:
             raise ValueError(f"{_show(host)} is not a host's name") from error
+        finally:
+            lookup.cancel()  # if its turn has not come yet
         addresses = [str(entry[4][0]) for entry in found]
         if host not in self.limits.allowed_hosts:
             addresses = [address for address in addresses if is_public(address)]

@@ -52,6 +52,11 @@ class PictureLink:
     url: str
     place: str
 
+    @property
+    def is_data(self) -> bool:
+        """Whether the URL is the picture itself."""
+        return self.url[:5].lower() == "data:"
+
 
 @dataclass(frozen=True)
 class ChatRequest:
