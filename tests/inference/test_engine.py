@@ -263,7 +263,7 @@ def test_what_cannot_be_asked(make) -> None:
     text = [{"role": "user", "content": "<image> is a word here, <|endoftext|> too"}]
     assert list(engine.submit(text, SHORT))[-1].finish in ("stop", "length")
     engine.close()
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(Overloaded, match="closed"):
         engine.submit(text)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from vlmamba.inference.request import Answer, Picture, Piece, Request, Sampling
+from vlmamba.inference.request import Answer, Overloaded, Picture, Piece, Request, Sampling
 from vlmamba.inference.runner import Runner
 from vlmamba.inference.scheduler import Scheduler
 from vlmamba.inference.state_cache import StateCache
@@ -83,10 +83,10 @@ class Engine:
 
         Raises:
             ValueError: messages that the template cannot take, a picture that cannot be read, too long a prompt.
-            Overloaded: too many requests wait.
+            Overloaded: too many requests wait, or the engine is closed.
         """
         if self._closing:
-            raise ValueError("the engine is closed")
+            raise Overloaded("the engine is closed")
         ids, images = self._processor.encode_messages([dict(m) for m in messages], add_generation_prompt=True)
         if len(ids) > LONGEST_PROMPT:
             raise ValueError(f"the prompt has {len(ids):,} tokens; at most {LONGEST_PROMPT:,} are read")

@@ -15,7 +15,7 @@ MOST_TEMPERATURE = 100.0
 
 
 class Overloaded(RuntimeError):  # noqa: N818 - it says what is, not that somebody erred
-    """As many requests wait as may; ask again later."""
+    """No more requests are taken: as many wait as may, or the engine is ending."""
 
 
 @dataclass(frozen=True)
