@@ -48,7 +48,7 @@ def run(bench: Bench) -> None:
     size = "toy" if bench.toy else "2.8b"
     with bench.row_of(f"evaluation {size}", models.OURS, "all"), tempfile.TemporaryDirectory() as folder:
         model = models.our_vlm(size, bench.device, torch.float32 if bench.toy else torch.bfloat16)
-        answerer = ModelAnswerer(model, _processor(size), {"model": size, "weights": "random", "decoding": "greedy"})
+        answerer = ModelAnswerer(model, processor_of(size), {"model": size, "weights": "random", "decoding": "greedy"})
         cases = PARTS[bench.part]
         if bench.toy:
             cases = tuple((12, each, 2) for _, each, _ in cases)
@@ -145,7 +145,7 @@ def photographs(folder: Path, count: int) -> None:
         list(threads.map(save, range(count)))
 
 
-def _processor(size: str) -> VLMambaProcessor:
+def processor_of(size: str) -> VLMambaProcessor:
     """With a token for each word and mark of the prompts, about what GPT-NeoX's tokenizer needs for them."""
     texts = [SYSTEM, "USER ASSISTANT :?", SHORT_ANSWER, *WORDS]
     splitter = pre_tokenizers.Whitespace()

@@ -62,6 +62,7 @@ TURNS = (
     Turn("more", "memory", ("memory",), 40),
     Turn("more", "ops", ("ops",), 25),
     Turn("more", "block", ("block",), 15),
+    Turn("more", "engine", ("engine",), 25),
     Turn("more", "evaluation", ("evaluation",), 25),
     Turn("last", "prefill", ("prefill",), 10),
     Turn("last", "decode", ("peer_decode",), 110),

@@ -16,7 +16,7 @@ from benchmarks import gate, timing
 from benchmarks.bench import Bench
 from benchmarks.report import Report, Row
 
-SECTIONS = ("ops", "decode", "prefill", "vlm", "evaluation", "training", "memory", "block", "cpu")
+SECTIONS = ("ops", "decode", "prefill", "vlm", "evaluation", "training", "memory", "block", "engine", "cpu")
 
 
 @pytest.fixture
