@@ -125,13 +125,14 @@ class Engine:
     # What follows runs on the engine's thread ------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while not self._closing:
-            self._scheduler.wait(seconds=0.2)
-            try:
-                self._turn()
-            except Exception as error:  # whatever it is, everybody is told, and the next request finds a clean engine
-                self._end_all("error", f"{type(error).__name__}: {error}")
-        self._end_all("cancelled")
+        with self._runner.on_device():
+            while not self._closing:
+                self._scheduler.wait(seconds=0.2)
+                try:
+                    self._turn()
+                except Exception as error:  # whatever it is, all are told, and the next request finds a clean engine
+                    self._end_all("error", f"{type(error).__name__}: {error}")
+            self._end_all("cancelled")
 
     def _turn(self) -> None:
         admitted, gone = self._scheduler.admit()

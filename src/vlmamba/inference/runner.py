@@ -9,6 +9,7 @@ Shapes: B rows, L tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,6 +60,10 @@ class Runner:
                 dtype=weight.dtype, device=weight.device,
             )  # fmt: skip
             self._last = torch.zeros(slots + 1, dtype=torch.int64, device=weight.device)  # drawn in each slot
+
+    def on_device(self) -> AbstractContextManager[object]:
+        """Within it, the device is the thread's own: events and streams are those of the GPU where the model is."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def put(self, slot: int, state: MambaState | None) -> None:
         """Makes a slot's state this one; None: nothing was read."""
