@@ -24,6 +24,14 @@ from vlmamba.serving.app import create_app
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
 
 
+@pytest.fixture(autouse=True)
+def heeds_interrupts() -> Iterator[None]:
+    """As at a terminal; a job in the background of a shell begins with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as door:
         port: int = door.getsockname()[1]
