@@ -59,7 +59,7 @@ def _measure(bench: Bench, engine: Engine, pictures: Sequence[Any], chats: int, 
         # Turned, so that no wave meets pictures that were read before.
         shown = [picture.rotate(90 * wave, expand=True) for picture in pictures[: -(-chats // each)]]
         took, first = _wave(engine, [shown[i // each] for i in range(chats)])
-        if wave:  # the first captures graphs
+        if wave:  # the first compiles and captures
             waves.append(1e3 * took)
             firsts += first
     name, tokens = _case(chats, each), chats * NEW
@@ -75,7 +75,8 @@ def _wave(engine: Engine, pictures: Sequence[Any]) -> tuple[float, list[float]]:
 
     def ask(number: int) -> None:
         def deliver(piece: Piece) -> None:
-            firsts.setdefault(number, time.perf_counter())
+            if piece.text:
+                firsts.setdefault(number, time.perf_counter())
             if piece.finish is not None:  # on the engine's thread alone
                 ends.append(piece)
                 if len(ends) == len(pictures):
@@ -88,7 +89,8 @@ def _wave(engine: Engine, pictures: Sequence[Any]) -> tuple[float, list[float]]:
     with ThreadPoolExecutor(8) as threads:
         began = time.perf_counter()
         list(threads.map(ask, range(len(pictures))))
-        done.wait()
+        if not done.wait(300):
+            raise TimeoutError("no answer in five minutes")
     took = time.perf_counter() - began
     if short := [end for end in ends if end.tokens < NEW]:  # random weights do not stop by themselves
         raise RuntimeError(f"{len(short)} answers ended early: {short[0]}")

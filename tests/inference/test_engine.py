@@ -100,7 +100,6 @@ def test_a_picture_is_read_once(make, chats) -> None:
     answers = [engine.submit(chat, SHORT) for chat in chats[:8]]
     for answer in answers:
         text_of(answer)
-    assert sorted(answer.cached_tokens for answer in answers)[:2] == [0, answers[0].cached_tokens or 287]
     assert sum(answer.cached_tokens == 0 for answer in answers) == 1
     again = engine.submit(chats[1], SHORT)
     text_of(again)
@@ -233,29 +232,107 @@ def test_an_error_in_a_prompt_leaves_other_answers_alone(make, chats, alone, mon
         return run(*what)
 
     monkeypatch.setattr(engine._runner, "read", read)
-    described = engine.submit(about(chats[0], "describe the picture."), Sampling(max_new_tokens=40))
-    next(iter(described))
+    described = iter(engine.submit(about(chats[0], "describe the picture."), Sampling(max_new_tokens=40)))
+    next(described)
     full.set()
     *_, last = engine.submit(chats[-2], SHORT)
     assert last.finish == "error"
-    assert text_of(described)
+    assert list(described)[-1].finish in ("stop", "length")
 
 
-def test_a_receiver_that_fails_is_its_own_trouble(make, chats, alone) -> None:
+def test_a_receiver_that_fails_is_its_own_trouble(make, chats, alone, caplog) -> None:
     engine = make()
+    calls = []
 
     def fail(piece) -> None:
-        raise KeyError("gone")
+        calls.append(piece)
+        raise KeyboardInterrupt("of all things")
 
     failed, other = engine.submit(chats[0], SHORT, fail), engine.submit(chats[1], SHORT)
-    with pytest.warns(RuntimeWarning, match="receiver failed: KeyError"):
-        engine.close()
+    assert text_of(other) == alone[1]
+    assert text_of(engine.submit(chats[2], SHORT)) == alone[2]
     assert failed.cancelled
-    assert list(other)[-1].finish in ("stop", "cancelled")
+    assert len(calls) == 1
+    assert "receiver of an answer failed" in caplog.text
+
+
+def test_a_state_that_cannot_be_kept_ends_nothing(make, chats, alone, monkeypatch) -> None:
+    engine = make()
+    text_of(engine.submit(chats[0], SHORT))
+    kept = engine.stats()["cache_entries"]
+
+    def fail(slot):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(engine._runner, "take", fail)
+    assert text_of(engine.submit(chats[-1], SHORT)) == alone[-1]
+    assert engine.stats()["cache_entries"] == kept // 2
+
+
+def test_a_failed_turn_leaves_the_line_alone(make, chats, alone, monkeypatch) -> None:
+    engine = make(slots=1)
+    run, failing = engine._runner.step, threading.Event()
+
+    def step(slots):
+        if not failing.is_set():
+            failing.set()
+            raise RuntimeError("a bad day")
+        return run(slots)
+
+    monkeypatch.setattr(engine._runner, "step", step)
+    answers = [engine.submit(chat, SHORT) for chat in chats[:3]]
+    assert [list(answers[0])[-1].finish, *map(text_of, answers[1:])] == ["error", *alone[1:3]]
+
+
+def test_more_slots_than_steps_are_captured_for(make, nano) -> None:
+    """Above 256 a step holds a multiple of 64."""
+    engine = make(slots=300, decoder=Decoder(nano.model.language_model), capture=False, implementation="reference")
+    for batch in (257, 259, 300):
+        engine._runner.step(range(batch))
+    assert set(engine._runner._steps) == {320}
+
+
+def test_pieces_are_had_once(make, chats) -> None:
+    engine = make()
+    answer = engine.submit(chats[0], SHORT)
+    text_of(answer)
+    with pytest.raises(ValueError, match="earlier iteration"):
+        iter(answer)
+    with pytest.raises(ValueError, match="receiver"):
+        iter(engine.submit(chats[0], SHORT, lambda piece: None))
+
+
+def test_whoever_comes_while_it_closes_is_told(make, nano, chats, monkeypatch) -> None:
+    engine = make()
+    scaled = threading.Event()
+    pixels = nano.processor.image_pixels
+
+    def slowly(image):
+        scaled.set()
+        time.sleep(0.3)
+        return pixels(image)
+
+    monkeypatch.setattr(nano.processor, "image_pixels", slowly)
+    told = []
+
+    def ask() -> None:
+        try:
+            told.append(list(engine.submit(chats[0], SHORT))[-1].finish)
+        except Overloaded as error:
+            told.append(str(error))
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    scaled.wait()
+    engine.close()
+    asker.join(10)
+    assert told == ["the engine is closed"]
 
 
 def test_what_cannot_be_asked(make) -> None:
     engine = make()
+    with pytest.raises(ValueError, match="message 1 is"):
+        engine.submit(["hi"])
     with pytest.raises(ValueError, match="role"):
         engine.submit([{"role": "robot", "content": "hello"}])
     with pytest.raises(ValueError, match="no such image"):
@@ -269,10 +346,13 @@ def test_what_cannot_be_asked(make) -> None:
 
 def test_closing_ends_what_is_there(make, chats) -> None:
     engine = make(slots=1)
-    answers = [engine.submit(chat, Sampling(max_new_tokens=10_000, temperature=100)) for chat in chats[:3]]
-    next(iter(answers[0]))
+    described = about(chats[0], "describe the picture.")
+    answers = [engine.submit(described, Sampling(max_new_tokens=10_000, temperature=100)) for _ in range(3)]
+    first = iter(answers[0])
+    next(first)
     engine.close()
-    assert all(list(answer)[-1].finish in ("cancelled", "stop", "error") for answer in answers[1:])
+    assert list(first)[-1].finish in ("cancelled", "stop")
+    assert [list(answer)[-1].finish for answer in answers[1:]].count("cancelled") >= 1
 
 
 def test_pictures_are_told_apart(make, nano) -> None:
@@ -285,9 +365,3 @@ def test_pictures_are_told_apart(make, nano) -> None:
         answers.append(engine.submit([{"role": "user", "content": content}], SHORT))
         text_of(answers[-1])
     assert [answer.cached_tokens for answer in answers] == [0, 0]
-
-
-def test_slots_hold_one_state_each(make, nano) -> None:
-    engine = make(slots=3)
-    assert engine._runner.pool.slots == 4
-    assert torch.is_tensor(engine._runner.pool.ssm[0])

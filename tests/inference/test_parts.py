@@ -26,6 +26,10 @@ def a_state(value: float = 1.0) -> MambaState:
     return MambaState([torch.full((1, 3, 4), value)], [torch.full((1, 4, 2), value)])
 
 
+def keep(cache: StateCache, ids: list[int], pictures: tuple[Picture, ...], state: MambaState) -> None:
+    cache.put(ids, pictures, state.nbytes, lambda: state)
+
+
 # Sampling
 
 
@@ -84,7 +88,13 @@ def test_shares_are_met() -> None:
         ("top_p", 1.1),
         ("top_k", -1),
         ("max_new_tokens", 0),
+        ("max_new_tokens", 2.5),
+        ("top_k", 10**400),
+        ("temperature", "hot"),
+        ("seed", 1.5),
         ("stop", ("",)),
+        ("stop", (5,)),
+        ("stop", "END"),
     ],
 )
 def test_what_is_out_of_range_is_named(field: str, value: object) -> None:
@@ -116,13 +126,26 @@ def test_characters_come_whole_and_the_first_blank_goes() -> None:
     said, text, stopped = written("  é日本 x")
     assert (text, stopped) == ("é日本 x", False)
     assert "\ufffd" not in "".join(said)
-    assert written("é"[:1] * 0) == ([], "", False)
+    assert written("") == ([], "", False)
 
 
 def test_half_a_character_at_the_end_is_said_as_what_it_is() -> None:
     writer = Writer(Letters(), ())
     assert writer.write("é".encode()[0]) == ""
     assert writer.rest() == "\ufffd"
+
+
+def test_bytes_that_are_no_text_are_not_held_for_ever() -> None:
+    writer = Writer(Letters(), ())
+    said = [writer.write(0xBF) for _ in range(40)]
+    assert max(map(len, said)) <= 4
+    assert sum(map(len, said)) == 40
+
+
+def test_seeds_of_either_sign_differ() -> None:
+    drawn = [Request([1], (), Sampling(seed=seed), Answer(1, None)).chance.random() for seed in (5, -5, 5)]
+    assert drawn[0] != drawn[1]
+    assert drawn[0] == drawn[2]
 
 
 def test_nothing_of_a_stop_string_is_said() -> None:
@@ -141,15 +164,13 @@ def test_the_longest_beginning_is_found() -> None:
     shown = (picture(b"A", 2),)
     ids = [1, 2, 9, 9, 9, 9, 3, 4, 5]
     short, long = a_state(1), a_state(2)
-    cache.put(ids[:6], shown, short)
-    cache.put(ids[:8], shown, long)
+    keep(cache, ids[:6], shown, short)
+    keep(cache, ids[:8], shown, long)
     assert cache.longest(ids, shown) == (8, long)
     assert cache.longest(ids[:8], shown) == (6, short)  # the last token is always read
     assert cache.longest([*ids[:7], 7, 7], shown) == (6, short)
     assert cache.longest(ids, (picture(b"B", 2),)) == (0, None)
     assert cache.longest([0, *ids[1:]], shown) == (0, None)
-    assert cache.knows(ids[:6], shown)
-    assert not cache.knows(ids[:7], shown)
 
 
 def test_a_prefix_has_one_name_whatever_else_is_looked_for() -> None:
@@ -157,9 +178,9 @@ def test_a_prefix_has_one_name_whatever_else_is_looked_for() -> None:
     shown = (picture(b"A", 2), picture(b"B", 8))
     ids = list(range(20))
     state = a_state()
-    cache.put(ids[:15], shown, state)
+    keep(cache, ids[:15], shown, state)
     for length in (1, 2, 3, 7, 12, 14):
-        cache.put([99] * length, (), a_state())
+        keep(cache, [99] * length, (), a_state())
     assert cache.longest(ids, shown) == (15, state)
 
 
@@ -167,17 +188,20 @@ def test_room_is_made_by_what_was_not_used() -> None:
     size = a_state().nbytes
     cache = StateCache(2 * size)
     first, second = a_state(), a_state()
-    cache.put([1, 1], (), first)
-    cache.put([2, 2], (), second)
+    keep(cache, [1, 1], (), first)
+    keep(cache, [2, 2], (), second)
     assert cache.longest([1, 1, 1], ())[1] is first
-    cache.put([3, 3], (), a_state())
+    keep(cache, [3, 3], (), a_state())
     assert (len(cache), cache.nbytes) == (2, 2 * size)
     assert cache.longest([2, 2, 2], ()) == (0, None)
     assert cache.longest([1, 1, 1], ())[1] is first
-    StateCache(size - 1).put([1], (), first)
     small = StateCache(size - 1)
-    small.put([1, 1], (), first)
-    assert len(small) == 0
+    keep(small, [1, 1], (), first)
+    assert (len(small), small.holds(size)) == (0, False)
+    cache.halve()
+    assert (len(cache), cache.nbytes, cache.longest([3, 3, 3], ())[0]) == (1, size, 0)
+    keep(cache, [1, 1], (), a_state())
+    assert cache.longest([1, 1, 1], ())[1] is first  # it was there, so no other was taken
 
 
 # The line
@@ -203,8 +227,14 @@ def test_first_come_first_served() -> None:
     assert line.waiting == 1
     line.defer(requests[1])
     assert line.active == [requests[2], requests[1]]
-    assert line.empty() == [requests[2], requests[1], stays]
-    line.wait(0.01)
+    line.wait()  # returns at once: there is something to do
+    assert line.give_up(waiting=False) == [requests[2], requests[1]]
+    assert (line.active, line.waiting) == ([], 1)
+    assert line.give_up(waiting=True) == [stays]
+    line.close()
+    line.wait()
+    with pytest.raises(Overloaded, match="closed"):
+        line.submit(request([1]))
 
 
 def test_stretches_never_end_within_a_picture() -> None:
@@ -215,5 +245,7 @@ def test_stretches_never_end_within_a_picture() -> None:
         asked.read, _ = end, pictures = asked.next_stretch(8)
         ends.append((end, [p.digest for p in pictures]))
     assert ends == [(13, [b"A"]), (21 + 9, [b"B"]), (38, []), (46, []), (50, [])]
+    nearly = request(list(range(9)))
+    assert nearly.next_stretch(8) == (9, ())  # nothing of one token is left
     whole = request(list(range(50)), shown)
     assert whole.next_stretch(1000) == (30, shown)

@@ -9,12 +9,14 @@ which nobody sees.
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from vlmamba.inference.request import Answer, Overloaded, Picture, Piece, Request, Sampling
+from vlmamba.inference.request import Answer, Picture, Piece, Request, Sampling
 from vlmamba.inference.runner import Runner
 from vlmamba.inference.scheduler import Scheduler
 from vlmamba.inference.state_cache import StateCache
@@ -27,7 +29,32 @@ if TYPE_CHECKING:
 Drawing: TypeAlias = tuple[Sequence[Request], Callable[[], list[int]]]
 """Who gets a token, and what tells the tokens once they are there."""
 STRETCH = 4096  # tokens that are read in one turn, padding included
+TAIL = 64  # a stretch of so many is a short one
+_LOG = logging.getLogger(__name__)
 LONGEST_PROMPT = 1 << 20
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What a request reads in a turn: from where it is up to `end`, with the pictures in between."""
+
+    request: Request
+    end: int
+    pictures: tuple[Picture, ...]
+
+    @property
+    def length(self) -> int:
+        return self.end - self.request.read
+
+    @property
+    def ends_with_pictures(self) -> bool:
+        """Whether it ends where the prompt's last picture does, so that the state is one to keep."""
+        return bool(self.pictures) and self.end == self.request.pictures[-1].end < len(self.request.ids)
+
+    @property
+    def beginning(self) -> tuple[object, ...]:
+        """What two prompts share that begin alike."""
+        return tuple(self.request.ids[: self.end]), tuple(picture.digest for picture in self.request.pictures)
 
 
 class Engine:
@@ -64,20 +91,20 @@ class Engine:
         self._writers: dict[Request, Writer] = {}
         self._drawing: list[Drawing] = []
         self._totals = {"requests": 0, "prompt_tokens": 0, "cached_prompt_tokens": 0, "generated_tokens": 0}
-        self._closing = False
+        self._tails_next = True
         self._thread = threading.Thread(target=self._work, name="vlmamba-engine", daemon=True)
         self._thread.start()
 
     def submit(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[dict[str, Any]],
         sampling: Sampling | None = None,
         deliver: Callable[[Piece], None] | None = None,
     ) -> Answer:
         """Puts a chat into the line. Pictures are scaled here, on the caller's thread.
 
         Args:
-            messages: as `processor.apply_chat_template` takes them, pictures as `image` parts.
+            messages: as `processor.encode_messages` takes them, pictures as `image` parts: files or Pillow images.
             deliver: is given every piece on the engine's thread, and must return at once; without it, iterate over the
                 answer.
 
@@ -85,9 +112,7 @@ class Engine:
             ValueError: messages that the template cannot take, a picture that cannot be read, too long a prompt.
             Overloaded: too many requests wait, or the engine is closed.
         """
-        if self._closing:
-            raise Overloaded("the engine is closed")
-        ids, images = self._processor.encode_messages([dict(m) for m in messages], add_generation_prompt=True)
+        ids, images = self._processor.encode_messages(messages, add_generation_prompt=True)
         if len(ids) > LONGEST_PROMPT:
             raise ValueError(f"the prompt has {len(ids):,} tokens; at most {LONGEST_PROMPT:,} are read")
         request = Request(ids, self._pictures(ids, images), sampling or Sampling(), Answer(len(ids), deliver))
@@ -107,7 +132,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends all answers as cancelled, and the thread."""
-        self._closing = True
+        self._scheduler.close()
         self._thread.join()
 
     def _pictures(self, ids: Sequence[int], images: Sequence[Any]) -> tuple[Picture, ...]:
@@ -126,13 +151,14 @@ class Engine:
 
     def _work(self) -> None:
         with self._runner.on_device():
-            while not self._closing:
-                self._scheduler.wait(seconds=0.2)
+            while not self._scheduler.closed:
                 try:
+                    self._scheduler.wait()
                     self._turn()
-                except Exception as error:  # whatever it is, all are told, and the next request finds a clean engine
-                    self._end_all("error", f"{type(error).__name__}: {error}")
-            self._end_all("cancelled")
+                except Exception as error:  # whatever it is: those who wait find a clean engine
+                    _LOG.exception("a turn failed; the answers under way end")
+                    self._give_up("error", f"{type(error).__name__}: {error}")
+        self._give_up("cancelled", waiting=True)
 
     def _turn(self) -> None:
         admitted, gone = self._scheduler.admit()
@@ -144,16 +170,18 @@ class Engine:
             self._end(request, "cancelled")
         before, self._drawing = self._drawing, []
         answering = [r for r in self._scheduler.active if 0 < r.asked < r.sampling.max_new_tokens]
-        self._read([r for r in self._scheduler.active if not r.asked])
         if answering:
             logits = self._runner.step([request.slot for request in answering])
             for request in answering:
                 request.read += 1
             self._draw(answering, logits)
+        for drawing in before:
+            self._give_out(*drawing)
+        self._read([r for r in self._scheduler.active if not r.asked])
         if not self._runner.ahead:
             before, self._drawing = self._drawing, []
-        for requests, tell in before:
-            self._give_out(requests, tell())
+            for drawing in before:
+                self._give_out(*drawing)
 
     def _begin(self, request: Request) -> None:
         self._runner.put(request.slot, None)
@@ -162,29 +190,41 @@ class Engine:
         self._totals["prompt_tokens"] += len(request.ids)
 
     def _read(self, requests: list[Request]) -> None:
-        """Reads a stretch of as many prompts as fit into one turn."""
-        chosen: list[tuple[Request, int, tuple[Picture, ...]]] = []
-        longest, begun = 0, set()
+        """Reads a stretch of as many prompts as fit into one turn, and are about as long: in turn short ones, such as
+        the questions after pictures, and others."""
         for request in requests:
             if not request.read:
                 self._recall(request)
-            end, pictures = request.next_stretch(STRETCH)
-            # Who begins as somebody before waits for a turn, and finds that read.
-            beginning = (tuple(request.ids[:end]), tuple(p.digest for p in request.pictures if p.begin < end))
-            if pictures and beginning in begun:
-                continue
-            longest = max(longest, end - request.read)
-            if chosen and longest * (len(chosen) + 1) > STRETCH:
-                break
-            begun.add(beginning)
-            chosen.append((request, end, pictures))
+        stretches = [Stretch(request, *request.next_stretch(STRETCH)) for request in requests]
+        tails = [stretch for stretch in stretches if stretch.length <= TAIL]
+        others = [stretch for stretch in stretches if stretch.length > TAIL]
+        first, second = (tails, others) if self._tails_next else (others, tails)
+        self._tails_next = not self._tails_next
+        chosen = self._fitting(first or second)
         if not chosen:
             return
         try:
             self._read_chosen(chosen)
         except Exception as error:  # such as no memory for so many pictures: the states of others are as they were
-            for request, _, _ in chosen:
-                self._end(request, "error", error=f"{type(error).__name__}: {error}")
+            _LOG.exception("%d prompts could not be read", len(chosen))
+            for stretch in chosen:
+                self._end(stretch.request, "error", error=f"{type(error).__name__}: {error}")
+
+    def _fitting(self, stretches: list[Stretch]) -> list[Stretch]:
+        chosen: list[Stretch] = []
+        begun = set()
+        keeps = self._cache.holds(self._runner.state_bytes)
+        for stretch in stretches:
+            # Who begins as somebody before, and would read the same pictures, waits a turn and finds them read.
+            if keeps and stretch.ends_with_pictures:
+                if stretch.beginning in begun:
+                    continue
+                begun.add(stretch.beginning)
+            longest = max(stretch.length, *(other.length for other in chosen), 0)
+            if chosen and longest * (len(chosen) + 1) > STRETCH:
+                break
+            chosen.append(stretch)
+        return chosen
 
     def _recall(self, request: Request) -> None:
         """Gives the slot the state that has read most of the prompt."""
@@ -194,21 +234,23 @@ class Engine:
             request.answer.cached_tokens = request.read
             self._totals["cached_prompt_tokens"] += request.read
 
-    def _read_chosen(self, chosen: list[tuple[Request, int, tuple[Picture, ...]]]) -> None:
-        rows = [request.ids[request.read : end] for request, end, _ in chosen]
-        shown = [picture for _, _, pictures in chosen for picture in pictures]
-        logits = self._runner.read(rows, [request.slot for request, _, _ in chosen], shown)
+    def _read_chosen(self, chosen: list[Stretch]) -> None:
+        rows = [stretch.request.ids[stretch.request.read : stretch.end] for stretch in chosen]
+        shown = [picture for stretch in chosen for picture in stretch.pictures]
+        logits = self._runner.read(rows, [stretch.request.slot for stretch in chosen], shown)
         done = []
-        for row, (request, end, _) in enumerate(chosen):
-            request.read = end
-            if end == len(request.ids):
+        for row, stretch in enumerate(chosen):
+            request = stretch.request
+            request.read = stretch.end
+            if stretch.end == len(request.ids):
                 done.append(row)
                 continue
             self._scheduler.defer(request)  # a long prompt lets others read before its next stretch
-            if request.pictures and end == request.pictures[-1].end:
+            if stretch.ends_with_pictures:
                 self._keep(request)
         if done:
-            self._draw([chosen[row][0] for row in done], logits[done])
+            answering = [chosen[row].request for row in done]
+            self._draw(answering, logits if len(done) == len(chosen) else logits[done])
 
     def _draw(self, requests: Sequence[Request], logits: Any) -> None:
         """Begins to draw the next token of each."""
@@ -218,10 +260,10 @@ class Engine:
         tell = self._runner.draw(logits, [r.slot for r in requests], [r.sampling for r in requests], chances)
         self._drawing.append((requests, tell))
 
-    def _give_out(self, requests: Sequence[Request], tokens: Sequence[int]) -> None:
+    def _give_out(self, requests: Sequence[Request], tell: Callable[[], list[int]]) -> None:
         """What the tokens say, as far as the text is certain; nothing of those who have ended since."""
         end = self._processor.tokenizer.eos_token_id
-        for request, token in zip(requests, tokens, strict=True):
+        for request, token in zip(requests, tell(), strict=True):
             if request not in self._writers:
                 continue
             request.drawn.append(token)
@@ -235,21 +277,25 @@ class Engine:
                 request.answer.deliver(Piece(text, len(request.drawn), None))
 
     def _keep(self, request: Request) -> None:
-        """Remembers the state, and so all that it has read."""
+        """Remembers the state, and so all that it has read; where memory does not suffice, half of the others go."""
         ids = (request.ids + request.drawn)[: request.read]
         pictures = [picture for picture in request.pictures if picture.end <= request.read]
-        if not self._cache.knows(ids, pictures):
-            self._cache.put(ids, pictures, self._runner.take(request.slot))
+        try:
+            self._cache.put(ids, pictures, self._runner.state_bytes, lambda: self._runner.take(request.slot))
+        except (MemoryError, RuntimeError):  # torch's OutOfMemoryError is one
+            _LOG.exception("a state could not be kept")
+            self._cache.halve()
 
     def _end(self, request: Request, finish: str, text: str = "", error: str = "") -> None:
         if finish in ("stop", "length"):
             self._keep(request)  # the next turn of the conversation begins with this one
-        text += self._writers.pop(request).rest()
         self._scheduler.release(request)
+        text += self._writers.pop(request).rest()
         request.answer.deliver(Piece(text, len(request.drawn), finish, error))
 
-    def _end_all(self, finish: str, error: str = "") -> None:
+    def _give_up(self, finish: str, error: str = "", waiting: bool = False) -> None:
+        """Ends all that are under way, and those who wait too if `waiting`."""
         self._writers.clear()
         self._drawing.clear()
-        for request in self._scheduler.empty():
+        for request in self._scheduler.give_up(waiting):
             request.answer.deliver(Piece("", len(request.drawn), finish, error))

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from vlmamba.inference.request import Picture, Sampling
-from vlmamba.inference.sampling import draw
-from vlmamba.models.decode import BUCKETS, Decoder, Step, copy_all, decoder_of
+from vlmamba.inference.sampling import draw, to_device
+from vlmamba.models.decode import BUCKETS, Decoder, Step, copy_all, decoder_of, look_again, rows_for
 from vlmamba.models.state import MambaState
 
 if TYPE_CHECKING:
@@ -45,11 +45,12 @@ class Runner:
     ) -> None:
         self.model, self.processor, self.slots = model, processor, slots
         language, config = model.language_model, model.config.text_config
+        look_again(language)
         found = decoder or decoder_of(language)
         self._decoder = found if isinstance(found, Decoder) else None
         self._options = options
         self._steps: dict[int, Step] = {}
-        weight = language.lm_head.weight
+        weight = model.get_input_embeddings().weight
         self.device, self._vocabulary = weight.device, model.config.num_text_tokens or len(weight)
         self.ahead = self.device.type == "cuda"
         """Whether the device works on while its results are looked at."""
@@ -60,6 +61,10 @@ class Runner:
                 dtype=weight.dtype, device=weight.device,
             )  # fmt: skip
             self._last = torch.zeros(slots + 1, dtype=torch.int64, device=weight.device)  # drawn in each slot
+        self.state_bytes = self.pool.nbytes // (slots + 1)
+        if self._decoder is not None and self.ahead:  # captured before anybody waits
+            for batch in filter(rows_for(slots).__ge__, BUCKETS):
+                self._step(batch)
 
     def on_device(self) -> AbstractContextManager[object]:
         """Within it, the device is the thread's own: events and streams are those of the GPU where the model is."""
@@ -76,7 +81,7 @@ class Runner:
 
     def take(self, slot: int) -> MambaState:
         """A copy of a slot's state."""
-        return self.pool.gather(torch.tensor([slot]))
+        return self.pool.gather(self._there([slot]))
 
     @torch.inference_mode()
     def read(self, rows: Sequence[Sequence[int]], slots: Sequence[int], pictures: Sequence[Picture]) -> Tensor:
@@ -96,15 +101,18 @@ class Runner:
     def step(self, slots: Sequence[int]) -> Tensor:
         """Reads the token last drawn in each slot; logits (B, V) float32, valid until the next call."""
         if self._decoder is None:
-            where = torch.tensor(slots, device=self.device)
-            return self._through_modules(self._last[where][:, None], slots)
-        step, batch = self._step(len(slots)), len(slots)
-        where = step.buffers.slots
-        where[batch:] = step.spare
-        where[:batch] = torch.tensor(slots, dtype=torch.int32)
-        step.buffers.tokens.copy_(self._last[where])
+            return self._through_modules(self._last[self._there(slots)][:, None], slots)
+        step = self._step(len(slots))
+        buffers, spare = step.buffers, [step.spare] * (len(step.buffers.slots) - len(slots))
+        where = self._there([*slots, *spare])
+        buffers.slots.copy_(where)
+        buffers.tokens.copy_(self._last[where])
+        buffers.count.zero_()  # of the step's own sampling, which is not used
         step.run()
-        return self._of_words(step.buffers.logits[:batch])
+        logits = self._of_words(buffers.logits[: len(slots)])
+        if self.model.config.image_token_id < logits.shape[1]:
+            logits[:, self.model.config.image_token_id] = -torch.inf  # a placeholder is never an answer
+        return logits
 
     @torch.inference_mode()
     def draw(
@@ -112,7 +120,7 @@ class Runner:
     ) -> Callable[[], list[int]]:
         """The next token of each slot. The device is not waited for: that does the function which tells the tokens."""
         tokens = draw(logits_BV, how, chances)
-        self._last[torch.tensor(slots, device=self.device)] = tokens
+        self._last[self._there(slots)] = tokens
         if tokens.device.type != "cuda":
             return tokens.tolist
         there = torch.empty(len(slots), dtype=torch.int64, pin_memory=True).copy_(tokens, non_blocking=True)
@@ -125,15 +133,18 @@ class Runner:
 
         return tell
 
+    def _there(self, numbers: Sequence[int]) -> Tensor:
+        return to_device(numbers, self.device, torch.int64)
+
     def _step(self, batch: int) -> Step:
-        assert self._decoder is not None
-        bucket = next((b for b in BUCKETS if b >= batch), batch)
-        if bucket not in self._steps:
-            self._steps[bucket] = Step(self._decoder.layers, self._decoder.head, self.pool, bucket, **self._options)
-        return self._steps[bucket]
+        rows = rows_for(batch)
+        if rows not in self._steps:
+            assert self._decoder is not None
+            self._steps[rows] = Step(self._decoder.layers, self._decoder.head, self.pool, rows, **self._options)
+        return self._steps[rows]
 
     def _through_modules(self, ids_BL: Tensor, slots: Sequence[int], **inputs: Any) -> Tensor:
-        where = torch.tensor(slots)
+        where = self._there(slots)
         state = self.pool.gather(where)
         output = self.model(
             input_ids=ids_BL.to(self.device), cache_params=state, use_cache=True, logits_to_keep=1, **inputs
@@ -142,9 +153,5 @@ class Runner:
         return self._of_words(output.logits[:, -1])
 
     def _of_words(self, logits_BV: Tensor) -> Tensor:
-        """Without what is no token of the text: the vocabulary's padding, and the placeholder of pictures."""
-        logits = logits_BV[:, : self._vocabulary].float()
-        placeholder = self.model.config.image_token_id
-        if placeholder < logits.shape[1]:
-            logits = logits.index_fill(1, torch.tensor([placeholder], device=logits.device), -torch.inf)
-        return logits
+        """Without the vocabulary's padding."""
+        return logits_BV[:, : self._vocabulary].float()

@@ -1,7 +1,6 @@
 """Drawing tokens: every row by its own temperature, top-k, top-p and chance.
 
-A row's token depends on its logits and on its own random number alone, so that an answer with a seed is the same in any
-company.
+A row's token depends on its logits and on its own random number alone.
 
 Shapes: B rows, V vocabulary.
 """
@@ -20,14 +19,22 @@ def draw(logits_BV: Tensor, how: Sequence[Sampling], chances: Sequence[float]) -
     """One token a row, (B,) int64. chances: (B,) in [0, 1), looked at where the temperature is above 0."""
     tokens = logits_BV.argmax(-1)
     rows = [row for row, sampling in enumerate(how) if sampling.temperature > 0]
-    if rows:
-        tokens[rows] = _drawn(logits_BV[rows], [how[row] for row in rows], [chances[row] for row in rows])
-    return tokens
+    if not rows:
+        return tokens
+    where = to_device(rows, logits_BV.device, torch.int64)
+    drawn = _drawn(logits_BV.index_select(0, where), [how[row] for row in rows], [chances[row] for row in rows])
+    return tokens.index_copy(0, where, drawn)
+
+
+def to_device(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A tensor (n,) there; the device is not waited for, as it is where memory is not pinned."""
+    tensor = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)
 
 
 def _drawn(logits_BV: Tensor, how: Sequence[Sampling], chances: Sequence[float]) -> Tensor:
     def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits_BV.device)[:, None]
+        return to_device(values, logits_BV.device, torch.float64)[:, None]
 
     ranked, tokens = logits_BV.double().sort(dim=-1, descending=True, stable=True)
     # Below the best, so that no temperature, however low, makes an infinity.

@@ -24,16 +24,19 @@ class Scheduler:
         self._free = list(reversed(range(slots)))
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
+        self.closed = False
 
     def submit(self, request: Request) -> None:
         """Puts a request into the line.
 
         Raises:
-            Overloaded: the line is as long as it may be.
+            Overloaded: the line is as long as it may be, or closed.
         """
         with self._changed:
+            if self.closed:
+                raise Overloaded("the engine is closed")
             if len(self._waiting) >= self.most_waiting:
-                raise Overloaded(f"{self.slots} answers are being made and {len(self._waiting)} requests wait")
+                raise Overloaded(f"{len(self.active)} answers are being made and {len(self._waiting)} requests wait")
             self._waiting.append(request)
             self._changed.notify()
 
@@ -41,11 +44,16 @@ class Scheduler:
     def waiting(self) -> int:
         return len(self._waiting)
 
-    def wait(self, seconds: float) -> None:
-        """Returns when there is something to do, at the latest after `seconds`."""
+    def close(self) -> None:
+        """Takes no more requests."""
         with self._changed:
-            if not self._waiting and not self.active:
-                self._changed.wait(seconds)
+            self.closed = True
+            self._changed.notify()
+
+    def wait(self) -> None:
+        """Returns when there is something to do, or the line is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self.active or self.closed)
 
     def admit(self) -> tuple[list[Request], list[Request]]:
         """Gives free slots to those who wait longest, and tells who no longer wants an answer and was let go."""
@@ -71,11 +79,12 @@ class Scheduler:
         self.active.remove(request)
         self._free.append(request.slot)
 
-    def empty(self) -> list[Request]:
-        """All that are there, which are forgotten."""
+    def give_up(self, waiting: bool) -> list[Request]:
+        """Those who have a slot, and if `waiting` those in the line too: they are forgotten."""
         with self._changed:
-            gone = [*self.active, *self._waiting]
+            gone = [*self.active, *(self._waiting if waiting else ())]
             self._free = list(reversed(range(self.slots)))
             self.active.clear()
-            self._waiting.clear()
-            return gone
+            if waiting:
+                self._waiting.clear()
+        return gone

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vlmamba.inference.request import Picture
 from vlmamba.models.state import MambaState
@@ -38,22 +38,32 @@ class StateCache:
         self._states.move_to_end(best)
         return found, self._states[best][1]
 
-    def knows(self, ids: Sequence[int], pictures: Sequence[Picture]) -> bool:
-        """Whether a state that has read just this is there."""
-        return any(name in self._states for _, name in self._names(ids, pictures, [len(ids)]))
-
-    def put(self, ids: Sequence[int], pictures: Sequence[Picture], state: MambaState) -> None:
-        """Keeps a state that has read `ids`; those unused for longest make room. It is the cache's from now on."""
+    def put(self, ids: Sequence[int], pictures: Sequence[Picture], nbytes: int, take: Callable[[], MambaState]) -> None:
+        """Keeps a state of `nbytes` that has read `ids`, which is taken only if it is not there and fits; those unused
+        for longest make room."""
         [(length, name)] = self._names(ids, pictures, [len(ids)])
-        if name in self._states or state.nbytes > self.most_bytes:
-            return
-        while self.nbytes + state.nbytes > self.most_bytes:
-            _, (gone, old) = self._states.popitem(last=False)
-            self.nbytes -= old.nbytes
-            self._lengths -= Counter([gone])
-        self._states[name] = length, state
-        self._lengths[length] += 1
-        self.nbytes += state.nbytes
+        if name in self._states:
+            self._states.move_to_end(name)
+        elif self.holds(nbytes):
+            while self.nbytes + nbytes > self.most_bytes:
+                self._drop()
+            self._states[name] = length, take()
+            self._lengths[length] += 1
+            self.nbytes += nbytes
+
+    def holds(self, nbytes: int) -> bool:
+        """Whether a state of this size can be kept at all."""
+        return nbytes <= self.most_bytes
+
+    def halve(self) -> None:
+        """Lets half of the states go."""
+        for _ in range((len(self) + 1) // 2):
+            self._drop()
+
+    def _drop(self) -> None:
+        _, (length, state) = self._states.popitem(last=False)
+        self.nbytes -= state.nbytes
+        self._lengths -= Counter([length])
 
     @staticmethod
     def _names(ids: Sequence[int], pictures: Sequence[Picture], lengths: list[int]) -> list[tuple[int, bytes]]:

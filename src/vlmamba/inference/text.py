@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+LONGEST_CHARACTER = 4  # bytes, each of which may be a token; what is no character then never will be
+
 
 class Writer:
     """Whole characters at a time, without the blank that begins every answer, and nothing of a stop string.
@@ -23,7 +25,7 @@ class Writer:
         """What can be said now that this token is there."""
         self._undecoded.append(token)
         text = self._decoded()
-        if text.endswith("\ufffd"):  # the middle of a character
+        if text.endswith("\ufffd") and len(self._undecoded) < LONGEST_CHARACTER:  # the middle of a character
             return ""
         self._undecoded = []
         return self._say(text)

@@ -267,14 +267,14 @@ class Decoder:
 
     def lane(self, batch: int) -> Lane:
         """The lane for this many sequences; made, and its graph captured, at the first call."""
-        bucket = _bucket(batch)
+        bucket = rows_for(batch)
         if bucket not in self._lanes:
             self._lanes[bucket] = Lane(self.layers, self.head, bucket, **self._options)
         return self._lanes[bucket]
 
     def lend(self, state: MambaState, batch: int) -> bool:
         """Gives an empty state a place in the lane for this many sequences, if there is one and nobody lives there."""
-        lane = self._lanes.get(_bucket(batch))
+        lane = self._lanes.get(rows_for(batch))
         return lane is not None and lane.lend(state, batch)
 
     def logits(self, tokens: Tensor, state: MambaState) -> Tensor:
@@ -328,7 +328,8 @@ class Decoder:
         self._lanes.clear()
 
 
-def _bucket(batch: int) -> int:
+def rows_for(batch: int) -> int:
+    """Rows of the step that is captured for so many sequences."""
     return next((b for b in BUCKETS if b >= batch), -(-batch // 64) * 64)
 
 
