@@ -75,7 +75,7 @@ def _wave(engine: Engine, pictures: Sequence[Any]) -> tuple[float, list[float]]:
 
     def ask(number: int) -> None:
         def deliver(piece: Piece) -> None:
-            if piece.text:
+            if piece.tokens:
                 firsts.setdefault(number, time.perf_counter())
             if piece.finish is not None:  # on the engine's thread alone
                 ends.append(piece)
