@@ -320,6 +320,18 @@ def scan_segment_grad_kernel(
 
 
 @triton.jit
+def _fetch_group(
+    x, dt, dy, z, at, x_l: tl.constexpr, dt_l: tl.constexpr, dy_l: tl.constexpr, z_l: tl.constexpr, T: tl.constexpr,
+    HAS_Z: tl.constexpr,
+):  # fmt: skip
+    """x, dt, dy and z (empty without one) of T steps."""
+    z_raw = ()
+    if HAS_Z:
+        z_raw = fetch(z, z_l, at, T)
+    return fetch(x, x_l, at, T), fetch(dt, dt_l, at, T), fetch(dy, dy_l, at, T), z_raw
+
+
+@triton.jit
 def _add_output_grad(g, dy_t, C_t, S: tl.constexpr, NS: tl.constexpr):
     """g + dy C, the gradient that reaches the state through its own output."""
     dys = spread(dy_t, S)
@@ -361,23 +373,17 @@ def scan_output_grad_kernel(
     dy += b * dy_b + d
     work += row * length * dim + own
     dBC += part_row(row, blocks) * length * (2 * states) + states
-    z_raw = ()
     if HAS_Z:
         z += b * z_b + d
         dz += b * length * dim + own
     at = _steps(begin, last, length, orders, k, height, width, T, GRID, WHOLE)
-    x_raw, dt_raw, dy_raw = fetch(x, x_l, at, T), fetch(dt, dt_l, at, T), fetch(dy, dy_l, at, T)
-    if HAS_Z:
-        z_raw = fetch(z, z_l, at, T)
+    x_raw, dt_raw, dy_raw, z_raw = _fetch_group(x, dt, dy, z, at, x_l, dt_l, dy_l, z_l, T, HAS_Z)
     for chunk_first in range(begin, last, CHUNK):
         slope = zeros(4 * NS)
         resets = _resets(seq_idx, b * length, chunk_first, last, CHUNK, HAS_SEQ)
         for first in range(chunk_first, tl.minimum(chunk_first + CHUNK, last), T):
             next_at = _steps(first + T, last, length, orders, k, height, width, T, GRID, WHOLE)
-            x_next, dt_next, z_next = fetch(x, x_l, next_at, T), fetch(dt, dt_l, next_at, T), ()
-            dy_next = fetch(dy, dy_l, next_at, T)
-            if HAS_Z:
-                z_next = fetch(z, z_l, next_at, T)
+            x_next, dt_next, dy_next, z_next = _fetch_group(x, dt, dy, z, next_at, x_l, dt_l, dy_l, z_l, T, HAS_Z)
             B_raw = fetch_states(B, B_l, at, states - state, T, NS, PACKED)
             C_raw = fetch_states(C, C_l, at, states - state, T, NS, PACKED)
             sizes, _ = _step_sizes(dt_raw, bias, first, last, T, SOFTPLUS, WHOLE)
@@ -462,17 +468,14 @@ def scan_state_grad_kernel(
     dx += out
     ddt += out
     dBC += part_row(row, blocks) * length * (2 * states)
-    z_raw = ()
     if HAS_Z:
         z += b * z_b + d
     dA_sum = zeros(4 * NS)
     dbias_sum = none
     first = begin + (tl.cdiv(last - begin, T) - 1) * T
     at = _steps(first, last, length, orders, k, height, width, T, GRID, WHOLE)
-    x_raw, dt_raw, dy_raw = fetch(x, x_l, at, T), fetch(dt, dt_l, at, T), fetch(dy, dy_l, at, T)
+    x_raw, dt_raw, dy_raw, z_raw = _fetch_group(x, dt, dy, z, at, x_l, dt_l, dy_l, z_l, T, HAS_Z)
     w_raw = fetch(work, dim, at, T)
-    if HAS_Z:
-        z_raw = fetch(z, z_l, at, T)
     first_chunk, behind_chunk = begin // CHUNK, tl.cdiv(last, CHUNK)
     for back_chunk in range(first_chunk, behind_chunk):
         chunk = first_chunk + behind_chunk - 1 - back_chunk
@@ -486,10 +489,8 @@ def scan_state_grad_kernel(
         for back in range(groups):
             first = chunk * CHUNK + (groups - 1 - back) * T
             before_at = _steps(tl.maximum(first - T, begin), last, length, orders, k, height, width, T, GRID, WHOLE)
-            x_next, dt_next, z_next = fetch(x, x_l, before_at, T), fetch(dt, dt_l, before_at, T), ()
-            dy_next, w_next = fetch(dy, dy_l, before_at, T), fetch(work, dim, before_at, T)
-            if HAS_Z:
-                z_next = fetch(z, z_l, before_at, T)
+            x_next, dt_next, dy_next, z_next = _fetch_group(x, dt, dy, z, before_at, x_l, dt_l, dy_l, z_l, T, HAS_Z)
+            w_next = fetch(work, dim, before_at, T)
             B_raw = fetch_states(B, B_l, at, states - state, T, NS, PACKED)
             C_raw = fetch_states(C, C_l, at, states - state, T, NS, PACKED)
             sizes, before = _step_sizes(dt_raw, bias, first, last, T, SOFTPLUS, WHOLE)
