@@ -292,6 +292,11 @@ def test_more_slots_than_steps_are_captured_for(make, nano) -> None:
     assert set(engine._runner._steps) == {320}
 
 
+def test_slots_without_end_are_refused(make) -> None:
+    with pytest.raises(ValueError, match=r"1000000000 slots of 0\.3 MB do not fit .* take fewer"):
+        make(slots=10**9)
+
+
 def test_pieces_are_had_once(make, chats) -> None:
     engine = make()
     answer = engine.submit(chats[0], SHORT)

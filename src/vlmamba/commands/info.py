@@ -16,7 +16,7 @@ from vlmamba.ops import dispatch
 
 _PACKAGES = (
     *("torch", "transformers", "safetensors", "pillow", "numpy", "llvmlite", "triton", "jsonargparse", "rich"),
-    *("peft", "tensorboard", "torchvision"),
+    *("peft", "tensorboard", "fastapi", "uvicorn", "torchvision"),
 )
 _LEAST = {"torch": (2, 11), "transformers": (5, 17)}
 _SETTINGS = ("VLMAMBA_OPS", "VLMAMBA_DEBUG", "TRITON_INTERPRET", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "HF_HOME")

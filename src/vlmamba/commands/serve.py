@@ -39,6 +39,7 @@ def serve(
     key = api_key or os.environ.get(KEY_VARIABLE) or None
     door = _bind(host, port)  # before the seconds that a model takes to load
     with door:
+        print(f"vlmamba: loading {model}", file=sys.stderr, flush=True)
         loaded = load(model, device, dtype)
         name = Path(model).resolve().name if Path(model).is_dir() else model
         engine = Engine(loaded.model, loaded.processor, name=name, slots=slots)

@@ -30,8 +30,8 @@ Drawing: TypeAlias = tuple[Sequence[Request], Callable[[], list[int]]]
 """Who gets a token, and what tells the tokens once they are there."""
 STRETCH = 4096  # tokens that are read in one turn, padding included
 TAIL = 64  # a stretch of so many is a short one
+LONGEST_PROMPT = 1 << 20  # tokens
 _LOG = logging.getLogger(__name__)
-LONGEST_PROMPT = 1 << 20
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,9 @@ class Runner:
         model, processor: in eval mode, on their device.
         slots: sequences in the pool. decoder: fused weights; of the model if not given.
         options: of every captured step, for tests.
+
+    Raises:
+        ValueError: there is no memory for so many slots.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class Runner:
         decoder: Decoder | None = None,
         **options: Any,
     ) -> None:
-        self.model, self.processor, self.slots = model, processor, slots
+        self.model, self.processor = model, processor
         language, config = model.language_model, model.config.text_config
         look_again(language)
         found = decoder or decoder_of(language)
@@ -55,12 +58,18 @@ class Runner:
         self.ahead = self.device.type == "cuda"
         """Whether the device works on while its results are looked at."""
         # A slot more than asked for: of the rows of a captured step that no sequence needs.
-        with torch.inference_mode(False):
-            self.pool = MambaState.zeros(
-                config.num_hidden_layers, slots + 1, config.intermediate_size, config.state_size, config.conv_kernel,
-                dtype=weight.dtype, device=weight.device,
-            )  # fmt: skip
-            self._last = torch.zeros(slots + 1, dtype=torch.int64, device=weight.device)  # drawn in each slot
+        shape = (config.intermediate_size, config.state_size, config.conv_kernel)
+        try:
+            with torch.inference_mode(False):
+                self.pool = MambaState.zeros(
+                    config.num_hidden_layers, slots + 1, *shape, dtype=weight.dtype, device=weight.device
+                )
+                self._last = torch.zeros(slots + 1, dtype=torch.int64, device=weight.device)  # drawn in each slot
+        except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is one
+            each = MambaState.zeros(config.num_hidden_layers, 1, *shape, dtype=weight.dtype, device="meta").nbytes
+            raise ValueError(
+                f"{slots} slots of {each / 1e6:.1f} MB do not fit beside the model on {weight.device}; take fewer"
+            ) from error
         self.state_bytes = self.pool.nbytes // (slots + 1)
         if self._decoder is not None and self.ahead:  # captured before anybody waits
             for batch in filter(rows_for(slots).__ge__, BUCKETS):
