@@ -14,7 +14,8 @@ from PIL import Image
 
 from vlmamba import cli
 from vlmamba.commands import load as loading
-from vlmamba.commands.conversation import Conversation, Style, _text
+from vlmamba.commands.conversation import Conversation, _text
+from vlmamba.inference import Sampling
 from vlmamba.models.images import read_image
 
 PATCHES = 9
@@ -116,8 +117,8 @@ def test_a_literal_placeholder_in_a_question_is_text(capsys, tiny_model, picture
         (["nonsense"], "invalid choice: 'nonsense'"),
         (["ask", "PICTURE", "x", "--temprature", "1"], "--temprature"),
         (["ask", "PICTURE", "x", "--temperature", "warm"], "warm"),
-        (["ask", "PICTURE", "x", "--temperature", "-1"], "0 or more"),
-        (["ask", "PICTURE", "x", "--max-new-tokens", "0"], "at least 1"),
+        (["ask", "PICTURE", "x", "--temperature", "-1"], "temperature is -1.0; expected 0 to 100"),
+        (["ask", "PICTURE", "x", "--max-new-tokens", "0"], "max_new_tokens is 0; expected a whole number of 1 or more"),
         (["ask", "/no/picture.png", "x"], "no such image: /no/picture.png"),
         (["ask", "TEXT", "x"], "notes.jpg is not an image"),
         (["ask", "PICTURE", "  "], "the question is empty"),
@@ -189,7 +190,7 @@ class Recorder:
 
 def test_turns_read_their_own_tokens_and_equal_re_reading(loaded, picture, monkeypatch):
     seen = Recorder(loaded, monkeypatch)
-    talk = Conversation(loaded, Style(max_new_tokens=3))
+    talk = Conversation(loaded, Sampling(max_new_tokens=3))
     image = read_image(picture)
     first = "".join(talk.ask("What is this?", [image]))
     before = talk.tokens_read
@@ -209,7 +210,7 @@ def test_turns_read_their_own_tokens_and_equal_re_reading(loaded, picture, monke
 
 def test_the_conversation_that_is_read_is_template_v1(loaded, picture, monkeypatch):
     seen = Recorder(loaded, monkeypatch)
-    talk = Conversation(loaded, Style(max_new_tokens=2))
+    talk = Conversation(loaded, Sampling(max_new_tokens=2))
     "".join(talk.ask("One?", [read_image(picture)]))
     "".join(talk.ask("Two?"))
     text = loaded.processor.tokenizer.decode(torch.cat(seen.inputs, dim=1)[0])
@@ -220,7 +221,7 @@ def test_the_conversation_that_is_read_is_template_v1(loaded, picture, monkeypat
 
 def test_an_interrupted_answer_is_closed_before_the_next_question(loaded, monkeypatch):
     seen = Recorder(loaded, monkeypatch)
-    talk = Conversation(loaded, Style(max_new_tokens=50))
+    talk = Conversation(loaded, Sampling(max_new_tokens=50))
     answer = talk._generate(torch.tensor([[5, 6, 7]]), None)
     token = next(answer)
     answer.close()
@@ -229,7 +230,7 @@ def test_an_interrupted_answer_is_closed_before_the_next_question(loaded, monkey
 
 
 def test_reset_forgets(loaded):
-    talk = Conversation(loaded, Style(max_new_tokens=3))
+    talk = Conversation(loaded, Sampling(max_new_tokens=3))
     first = "".join(talk.ask("hi"))
     "".join(talk.ask("more"))
     talk.reset()
@@ -239,20 +240,19 @@ def test_reset_forgets(loaded):
 
 def test_sampling_follows_the_seed(loaded):
     def answer(seed: int) -> str:
-        torch.manual_seed(seed)
-        return "".join(Conversation(loaded, Style(max_new_tokens=12, temperature=5.0)).ask("hi"))
+        return "".join(Conversation(loaded, Sampling(max_new_tokens=12, temperature=5.0, seed=seed)).ask("hi"))
 
     assert answer(1) == answer(1) != answer(2)
 
 
 def test_the_lowest_temperature_takes_the_likeliest_word(loaded):
-    sampled = Conversation(loaded, Style(4, temperature=1e-45))
-    assert list(sampled.ask("What is this?")) == list(Conversation(loaded, Style(4)).ask("What is this?"))
+    sampled = Conversation(loaded, Sampling(4, temperature=1e-45))
+    assert list(sampled.ask("What is this?")) == list(Conversation(loaded, Sampling(4)).ask("What is this?"))
 
 
 def test_bytes_that_are_no_text_are_read_as_question_marks(loaded):
-    broken = list(Conversation(loaded, Style(4)).ask("What \udcff is this?"))
-    assert broken == list(Conversation(loaded, Style(4)).ask("What ? is this?"))
+    broken = list(Conversation(loaded, Sampling(4)).ask("What \udcff is this?"))
+    assert broken == list(Conversation(loaded, Sampling(4)).ask("What ? is this?"))
 
 
 def test_text_streams_whole_characters(tokenizer):

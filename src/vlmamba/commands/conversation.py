@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vlmamba.commands.load import Loaded
+from vlmamba.inference import Sampling
+from vlmamba.inference.sampling import draw
 from vlmamba.inference.text import Writer
 
 if TYPE_CHECKING:
     from vlmamba.models.state import MambaState
-
-
-@dataclass(frozen=True)
-class Style:
-    """How answers are drawn: at most `max_new_tokens`; the likeliest token at temperature 0, else a sampled one."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens {self.max_new_tokens}: at least 1 is needed")
-        if not self.temperature >= 0:
-            raise ValueError(f"--temperature {self.temperature}: 0 or more is expected")
 
 
 class Conversation:
@@ -36,9 +24,9 @@ class Conversation:
         tokens_read: tokens that went through the model so far, images and answers included.
     """
 
-    def __init__(self, loaded: Loaded, style: Style):
+    def __init__(self, loaded: Loaded, sampling: Sampling):
         self._model, self._processor, self._device = loaded.model, loaded.processor, loaded.device
-        self._style = style
+        self._sampling, self._chance = sampling, Random(sampling.seed)
         self.reset()
 
     def reset(self) -> None:
@@ -75,13 +63,13 @@ class Conversation:
         end = self._processor.tokenizer.eos_token_id
         logits = self._read(input_ids, pixels)
         self._unread = [end]
-        for count in range(1, self._style.max_new_tokens + 1):
+        for count in range(1, self._sampling.max_new_tokens + 1):
             token = self._pick(logits)
             if token == end:
                 return
             self._unread = [token, end]  # an answer that stops here is closed before the next question
             yield token
-            if count < self._style.max_new_tokens:
+            if count < self._sampling.max_new_tokens:
                 logits = self._read(torch.tensor([[token]]), None)
                 self._unread = [end]
 
@@ -100,10 +88,7 @@ class Conversation:
         return output.logits[0, -1].float()
 
     def _pick(self, logits: torch.Tensor) -> int:
-        if self._style.temperature == 0:
-            return int(logits.argmax())
-        below_best = (logits - logits.max()).double()  # so that no temperature, however low, makes an infinity
-        return int(torch.multinomial(torch.softmax(below_best / self._style.temperature, dim=-1), 1))
+        return int(draw(logits[None], [self._sampling], [self._chance.random()]))
 
 
 def _text(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:

@@ -55,11 +55,12 @@ def chat(image: str | None, model: str, device: str, dtype: str, max_new_tokens:
 
 
 def _begin(model: str, device: str, dtype: str, max_new_tokens: int, temperature: float) -> Conversation:
-    from vlmamba.commands.conversation import Conversation, Style
+    from vlmamba.commands.conversation import Conversation
     from vlmamba.commands.load import load
+    from vlmamba.inference import Sampling
 
-    style = Style(max_new_tokens, temperature)
-    return Conversation(load(model, device, dtype), style)
+    sampling = Sampling(max_new_tokens, temperature)
+    return Conversation(load(model, device, dtype), sampling)
 
 
 def _lines(interactive: bool) -> Iterator[str]:
