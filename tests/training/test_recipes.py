@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vlmamba.models.processor import VLMambaProcessor
-from vlmamba.training.config import PIPELINE_FILE, load_config, recipes_folder
+from vlmamba.training.config import PIPELINE_FILE, ConfigError, load_config, recipes_folder
 from vlmamba.training.estimate import estimate
 from vlmamba.training.launch import make_feed
 from vlmamba.training.plan import dry_run
@@ -108,6 +108,24 @@ def test_the_papers_numbers() -> None:
     for config in (one, two):
         assert (config.optim.epochs, config.optim.warmup, config.optim.max_length) == (1, 0.03, 2048)
         assert all(getattr(config.stage, p).weight_decay == 0 for p in ("vision", "connector", "language"))
+
+
+def test_overrides_of_the_model(tmp_path: Path) -> None:
+    """One for all stages reaches those that make the model, not one that goes on with it; order decides."""
+    folder = recipes_folder() / "nano"
+    pipeline = read_pipeline(folder)
+
+    def scan(stage: str, *overrides: str) -> str | None:
+        return stage_config(folder, pipeline, stage, tmp_path, overrides).model.scan
+
+    assert scan("1-align", "model.scan=csm") == scan("0a-vision", "--model.scan=csm") == "csm"
+    assert scan("2-instruct", "model.scan=csm") == "bsm"
+    assert scan("1-align", "model.scan=csm", "1-align.model.scan=forward", "2-instruct.optim.max_steps=1") == "forward"
+    assert scan("1-align", "1-align.model.scan=forward", "model.scan=csm") == "csm"
+    with pytest.raises(ConfigError, match="scan"):
+        scan("2-instruct", "2-instruct.model.scan=csm")
+    with pytest.raises(ConfigError, match="scan"):  # a folder's model is as it is
+        scan("2-instruct", "2-instruct.model.path=elsewhere", "model.scan=csm")
 
 
 def test_nano_budget(tmp_path: Path) -> None:

@@ -114,12 +114,14 @@ def read_pipeline(folder: Path, overrides: Sequence[str] = ()) -> PipelineConfig
 def stage_config(
     folder: Path, config: PipelineConfig, stage: str, output: Path, overrides: Sequence[str] = ()
 ) -> RunConfig:
-    """One stage's recipe, with the overrides for all stages and for this one."""
-    given = [*config.overrides, *overrides]
-    chosen = [_for_stage(override, stage, config.stages) for override in given if not _is_own(override)]
-    return load_config(
-        folder / config.recipes / f"{stage}.yaml", [o for o in chosen if o is not None], output=str(output / stage)
-    )
+    """One stage's recipe, with the overrides for all stages and for this one. Where a stage goes on with the model of
+    an earlier one, how that model is made has been said there: overrides of `model.` for all stages are left out."""
+    given = [override.removeprefix("--") for override in (*config.overrides, *overrides) if not _is_own(override)]
+    file, run_folder = folder / config.recipes / f"{stage}.yaml", str(output / stage)
+    own = {override: override.removeprefix(f"{stage}.") for override in given if override.startswith(f"{stage}.")}
+    made = (load_config(file, [*own.values()], output=run_folder).model.path or "").startswith(build.STAGE)
+    elsewhere = tuple(f"{other}." for other in config.stages if other != stage) + (("model.",) if made else ())
+    return load_config(file, [own.get(o, o) for o in given if not o.startswith(elsewhere)], output=run_folder)
 
 
 def learn_tokenizer(config: TokenizerConfig, folder: Path) -> None:
@@ -182,11 +184,3 @@ def summarise(output: Path, config: PipelineConfig) -> None:
 def _is_own(override: str) -> bool:
     """Whether an override concerns pipeline.yaml itself."""
     return override.removeprefix("--").startswith(("tokenizer.", "export_"))
-
-
-def _for_stage(override: str, stage: str, stages: Sequence[str]) -> str | None:
-    """The override as the stage's recipe takes it; None if it is for another stage."""
-    first, _, rest = override.removeprefix("--").partition(".")
-    if first not in stages:
-        return override
-    return rest if first == stage else None
