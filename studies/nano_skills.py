@@ -26,15 +26,21 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 
 from vlmamba import VLMambaForCausalLM, VLMambaForConditionalGeneration, VLMambaProcessor
+from vlmamba.commands.answerer import ModelAnswerer
 from vlmamba.data.scenes import SKILLS, Question, World
 
 SEED = 987_654_321
 """Of the questions: no recipe uses it."""
 PATCH = 8
+SHORT, LONGEST = 16, 60
+"""Tokens of an answer at most, and of an open one: what goes on for longer is wrong anyway."""
 COLUMNS = ("model", "majority", "blind", "shuffled", "held-out", "blind - majority")
 Scores = list[tuple["Asked", float]]
+Look = Callable[["Asked"], Image.Image] | None
 
 
 @dataclass(frozen=True)
@@ -65,35 +71,32 @@ def ask(split: str, count: int, seed: int = SEED) -> list[Asked]:
 # Answering -----------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def answer(
-    model: Any,
-    processor: VLMambaProcessor,
-    asked: Sequence[Asked],
-    look: Callable[[Asked], Image.Image] | None,
-    batch: int,
+    answerer: ModelAnswerer, asked: Sequence[Asked], look: Look, batch: int, longest: int = LONGEST
 ) -> list[str]:
-    """Greedy answers; `look` gives the picture that is shown, None shows none."""
-    replies: list[str] = [""] * len(asked)
-    # Questions of like length share a batch, so that little of it is padding.
-    order = sorted(range(len(asked)), key=lambda i: len(asked[i].question.prompt()))
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        conversations = [[_message(asked[i], look)] for i in chosen]
-        inputs = processor.apply_chat_template(
-            conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(model.device)
-        longest = 60 if any(asked[i].question.kind == "open" for i in chosen) else 16
-        output = model.generate(**inputs, max_new_tokens=longest, do_sample=False)
-        texts = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for i, text in zip(chosen, texts, strict=True):
-            replies[i] = text.strip()
+    """Greedy replies; `look` gives the picture that is shown, None shows none. Questions of a scene that stand together
+    have its picture read once; open ones, whose answers are long, are asked apart."""
+    replies = [""] * len(asked)
+    parts: list[tuple[int, list[int]]] = []
+    for is_open, most in ((False, min(SHORT, longest)), (True, longest)):
+        chosen = [i for i, a in enumerate(asked) if (a.question.kind == "open") is is_open]
+        parts += [(most, chosen[start : start + batch]) for start in range(0, len(chosen), batch)]
+    for most, part in track(parts, f"{len(asked):,} questions", console=Console(stderr=True)):
+        shown = {asked[i].scene: None if look is None else look(asked[i]) for i in part}
+        chats = [_chat(asked[i].question.prompt(), shown[asked[i].scene]) for i in part]
+        for i, reply in zip(part, answerer.converse(chats, most), strict=True):
+            replies[i] = reply
     return replies
 
 
-def _message(asked: Asked, look: Callable[[Asked], Image.Image] | None) -> dict[str, Any]:
-    parts: list[dict[str, Any]] = [] if look is None else [{"type": "image", "image": look(asked)}]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": asked.question.prompt()}]}
+def scored(asked: Sequence[Asked], replies: Sequence[str]) -> Scores:
+    """Every question with what its reply is worth."""
+    return [(a, score(a.question, reply)) for a, reply in zip(asked, replies, strict=True)]
+
+
+def _chat(text: str, image: Image.Image | None) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [] if image is None else [{"type": "image", "image": image}]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
 def shuffled(asked: Asked) -> Image.Image:
@@ -118,7 +121,7 @@ def majority(asked: Iterable[Asked], learned_from: Iterable[Asked]) -> list[bool
 
 def without_looking(asked: Sequence[Asked], replies: Sequence[str], seed: int) -> dict[str, Scores]:
     """What a blind model's replies are worth, and the majority answer; of questions that have one, the difference."""
-    blind = [(a, score(a.question, reply)) for a, reply in zip(asked, replies, strict=True)]
+    blind = scored(asked, replies)
     guessed = majority(asked, ask("train", len(asked), seed + 1))
     known = [
         (a, float(right), said) for (a, said), right in zip(blind, guessed, strict=True) if a.question.kind != "open"
@@ -223,26 +226,24 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype or "float32")
-    model = VLMambaForConditionalGeneration.from_pretrained(args.model, dtype=dtype).to(device).eval()
     processor = VLMambaProcessor.from_pretrained(args.model)
-    blind = (
-        model if args.blind is None else VLMambaForCausalLM.from_pretrained(args.blind, dtype=dtype).to(device).eval()
-    )
+
+    def answerer_of(kind: Any, folder: str) -> ModelAnswerer:
+        return ModelAnswerer(kind.from_pretrained(folder, dtype=dtype).to(device).eval(), processor)
+
+    seeing = answerer_of(VLMambaForConditionalGeneration, args.model)
+    blind = seeing if args.blind is None else answerer_of(VLMambaForCausalLM, args.blind)
 
     asked, held_out = (ask(split, args.questions, args.seed) for split in ("test", "held-out"))
     more = ask("test", 3 * args.questions, args.seed)
     started = time.perf_counter()
-    replies = {
-        "model": answer(model, processor, asked, lambda a: a.image, args.batch),
-        "shuffled": answer(model, processor, asked, shuffled, args.batch),
-    }
+    replies = answer(seeing, asked, lambda a: a.image, args.batch)
     scores: dict[str, Scores] = {
-        name: [(a, score(a.question, reply)) for a, reply in zip(asked, said, strict=True)]
-        for name, said in replies.items()
+        "model": scored(asked, replies),
+        "shuffled": scored(asked, answer(seeing, asked, shuffled, args.batch)),
+        "held-out": scored(held_out, answer(seeing, held_out, lambda a: a.image, args.batch)),
     }
-    scores |= without_looking(more, answer(blind, processor, more, None, args.batch), args.seed)
-    said = answer(model, processor, held_out, lambda a: a.image, args.batch)
-    scores["held-out"] = [(a, score(a.question, reply)) for a, reply in zip(held_out, said, strict=True)]
+    scores |= without_looking(more, answer(blind, more, None, args.batch), args.seed)
 
     columns = {name: by_group(scores[name]) for name in COLUMNS}
     wrong = [
@@ -253,7 +254,7 @@ def main() -> None:
             "reply": reply,
             "form": a.question.form,
         }
-        for a, reply in zip(asked, replies["model"], strict=True)
+        for a, reply in zip(asked, replies, strict=True)
         if score(a.question, reply) < 1 and a.question.kind != "open"
     ]
     args.output.mkdir(parents=True, exist_ok=True)

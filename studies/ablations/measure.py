@@ -4,17 +4,15 @@ shuffled, and how well it finds a row of a table again."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import count, islice
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
-from PIL import Image
-
 from studies.ablations.plan import Study
-from studies.nano_skills import SEED, Asked, Scores, ask, by_group, score, shuffled, summarise
+from studies.nano_skills import SEED, Asked, Look, Scores, answer, ask, by_group, score, scored, shuffled, summarise
 from vlmamba.commands.answerer import ModelAnswerer
 from vlmamba.commands.evaluate import answerer_of
 from vlmamba.commands.load import load
@@ -26,7 +24,6 @@ from vlmamba.evaluation.task import Task
 BATCH = 256
 WITHOUT_OCR = {"textvqa": "no-ocr"}
 """The usual prompt of TextVQA lists the words in the picture: a model could answer without reading."""
-Look = Callable[[Asked], Image.Image] | None
 
 
 def measure(study: Study, model: Path, scratch: Path) -> dict[str, Any]:
@@ -37,7 +34,7 @@ def measure(study: Study, model: Path, scratch: Path) -> dict[str, Any]:
     asked, tables = questions(scale.questions), keyed(scale.probe)
 
     def scores(of: Sequence[Asked], look: Look = lambda a: a.image) -> Scores:
-        return answers(answerer, of, look, scale.longest)
+        return scored(of, answer(answerer, of, look, BATCH, scale.longest))
 
     seen, few = scores(asked), asked[: scale.control]
     return {
@@ -110,25 +107,6 @@ def keyed(number: int) -> list[tuple[Asked, int, int]]:
                     yield Asked(index, len(scene.items), sample.image, question), scene.table.rows, places.pop() + 1
 
     return list(islice(every(), number))
-
-
-def answers(answerer: ModelAnswerer, asked: Sequence[Asked], look: Look, longest: int) -> Scores:
-    """Every question with the score of its greedy answer. Open questions are asked apart: their answers are long."""
-    scores: dict[int, float] = {}
-    for is_open, most in ((False, min(16, longest)), (True, longest)):
-        chosen = [i for i, a in enumerate(asked) if (a.question.kind == "open") is is_open]
-        for start in range(0, len(chosen), BATCH):
-            part = chosen[start : start + BATCH]
-            shown = {asked[i].scene: None if look is None else look(asked[i]) for i in part}
-            chats = [_chat(asked[i], shown[asked[i].scene]) for i in part]
-            for i, reply in zip(part, answerer.converse(chats, most), strict=True):
-                scores[i] = score(asked[i].question, reply)
-    return [(a, scores[i]) for i, a in enumerate(asked)]
-
-
-def _chat(asked: Asked, image: Image.Image | None) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = [] if image is None else [{"type": "image", "image": image}]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": asked.question.prompt()}]}]
 
 
 def probe(scores: Scores, tables: Sequence[tuple[Asked, int, int]]) -> dict[str, Any]:

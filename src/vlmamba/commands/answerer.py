@@ -164,7 +164,7 @@ class ModelAnswerer:
         # One pass costs less than two, but with padding in it a tenth more: then the long part is read without.
         if len(distinct) == len(prompts) and len(set(map(len, whole))) == 1:
             return self._padded(whole) | pixels
-        state = MambaState.empty(self.model.config.text_config.num_hidden_layers)
+        state = MambaState.empty(self.model.config.get_text_config().num_hidden_layers)
         self.model(**self._padded([p.begin for p in firsts]), **pixels, cache_params=state, logits_to_keep=1)
         if len(distinct) < len(prompts):
             state = state.gather(torch.tensor(slots, device=self.device))
