@@ -1,4 +1,4 @@
-"""The engine's parts by themselves: sampling, text, kept states, the line, stretches."""
+"""The engine's parts by themselves: sampling, text, kept states, the line, stretches, slots."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from vlmamba.inference.pool import States
 from vlmamba.inference.request import Answer, Overloaded, Picture, Request, Sampling
+from vlmamba.inference.runner import Runner
 from vlmamba.inference.sampling import draw
 from vlmamba.inference.scheduler import Scheduler
 from vlmamba.inference.state_cache import StateCache
@@ -22,11 +24,11 @@ def request(ids: list[int], pictures: tuple[Picture, ...] = ()) -> Request:
     return Request(ids, pictures, Sampling(), Answer(len(ids), None))
 
 
-def a_state(value: float = 1.0) -> MambaState:
-    return MambaState([torch.full((1, 3, 4), value)], [torch.full((1, 4, 2), value)])
+def a_state(value: float = 1.0) -> States:
+    return States(torch.full((1, 1, 3, 4), value), torch.full((1, 1, 4, 2), value))
 
 
-def keep(cache: StateCache, ids: list[int], pictures: tuple[Picture, ...], state: MambaState) -> None:
+def keep(cache: StateCache, ids: list[int], pictures: tuple[Picture, ...], state: States) -> None:
     cache.put(ids, pictures, state.nbytes, lambda: state)
 
 
@@ -249,3 +251,38 @@ def test_stretches_never_end_within_a_picture() -> None:
     assert nearly.next_stretch(8) == (9, ())  # nothing of one token is left
     whole = request(list(range(50)), shown)
     assert whole.next_stretch(1000) == (30, shown)
+
+
+# Pool
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_slots_are_read_apart_and_in_any_pieces(nano, monkeypatch, moves: bool) -> None:
+    """Also where a single token takes the state to other memory, as it does on a GPU."""
+    runner = Runner(nano.model, nano.processor, slots=3)
+    if moves:
+        forward = nano.model.forward
+
+        def moving(*args, cache_params: MambaState, **kwargs):
+            cache_params.conv = [t.clone() for t in cache_params.conv]
+            cache_params.ssm = [t.clone() for t in cache_params.ssm]
+            return forward(*args, cache_params=cache_params, **kwargs)
+
+        monkeypatch.setattr(nano.model, "forward", moving)
+    for tensor in (runner.pool.conv, runner.pool.ssm):
+        tensor.fill_(torch.nan)
+    for slot in (0, 1, 2):
+        runner.put(slot, None)
+    runner.read([[5, 6, 7], [8, 9]], [2, 0], ())
+    runner.put(1, runner.take(2))
+    cut = runner.read([[10]], [2], ())
+    both = runner.read([[10], [11, 12]], [1, 0], ())
+    runner.put(2, None)
+    whole = runner.read([[5, 6, 7, 10], [8, 9, 11, 12]], [2, 1], ())
+    torch.testing.assert_close(cut[0], whole[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(both[0], whole[0], atol=1e-4, rtol=1e-4)
+    with pytest.raises(AssertionError):  # slot 1 had read something else before
+        torch.testing.assert_close(both[1], whole[1], atol=1e-2, rtol=1e-2)
+    runner.put(1, None)
+    torch.testing.assert_close(both[1], runner.read([[8, 9, 11, 12]], [1], ())[0], atol=1e-4, rtol=1e-4)
+    assert runner.pool.conv[:, 3].isnan().all(), "the spare slot is nobody's"

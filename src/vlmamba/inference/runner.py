@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlmamba.inference.pool import States
 from vlmamba.inference.request import Picture, Sampling
 from vlmamba.inference.sampling import draw, to_device
 from vlmamba.models.decode import BUCKETS, Decoder, Step, copy_all, decoder_of, look_again, rows_for
@@ -61,16 +62,17 @@ class Runner:
         shape = (config.intermediate_size, config.state_size, config.conv_kernel)
         try:
             with torch.inference_mode(False):
-                self.pool = MambaState.zeros(
+                self.pool = States.zeros(
                     config.num_hidden_layers, slots + 1, *shape, dtype=weight.dtype, device=weight.device
                 )
                 self._last = torch.zeros(slots + 1, dtype=torch.int64, device=weight.device)  # drawn in each slot
         except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is one
-            each = MambaState.zeros(config.num_hidden_layers, 1, *shape, dtype=weight.dtype, device="meta").nbytes
+            each = States.zeros(config.num_hidden_layers, 1, *shape, dtype=weight.dtype, device="meta").nbytes
             raise ValueError(
                 f"{slots} slots of {each / 1e6:.1f} MB do not fit beside the model on {weight.device}; take fewer"
             ) from error
         self.state_bytes = self.pool.nbytes // (slots + 1)
+        self._by_layer = self.pool.by_layer()
         if self._decoder is not None and self.ahead:  # captured before anybody waits
             for batch in filter(rows_for(slots).__ge__, BUCKETS):
                 self._step(batch)
@@ -79,16 +81,14 @@ class Runner:
         """Within it, the device is the thread's own: events and streams are those of the GPU where the model is."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
-    def put(self, slot: int, state: MambaState | None) -> None:
+    def put(self, slot: int, state: States | None) -> None:
         """Makes a slot's state this one; None: nothing was read."""
-        for part in ("conv", "ssm"):
-            rows = [layer[slot] for layer in getattr(self.pool, part)]
-            if state is None:
-                torch._foreach_zero_(rows)
-            else:
-                copy_all(rows, [layer[0] for layer in getattr(state, part)])
+        if state is None:
+            self.pool.clear(slot)
+        else:
+            self.pool.scatter(self._there([slot]), state)
 
-    def take(self, slot: int) -> MambaState:
+    def take(self, slot: int) -> States:
         """A copy of a slot's state."""
         return self.pool.gather(self._there([slot]))
 
@@ -149,16 +149,21 @@ class Runner:
         rows = rows_for(batch)
         if rows not in self._steps:
             assert self._decoder is not None
-            self._steps[rows] = Step(self._decoder.layers, self._decoder.head, self.pool, rows, **self._options)
+            self._steps[rows] = Step(self._decoder.layers, self._decoder.head, self._by_layer, rows, **self._options)
         return self._steps[rows]
 
     def _through_modules(self, ids_BL: Tensor, slots: Sequence[int], **inputs: Any) -> Tensor:
         where = self._there(slots)
-        state = self.pool.gather(where)
+        states = self.pool.gather(where)
+        before = states.by_layer()
+        state = MambaState(before.conv, before.ssm)
         output = self.model(
             input_ids=ids_BL.to(self.device), cache_params=state, use_cache=True, logits_to_keep=1, **inputs
         )
-        self.pool.scatter(where, state)
+        if state.conv[0] is not before.conv[0]:  # a single token takes it to where the model decodes
+            copy_all(before.conv, state.conv)
+            copy_all(before.ssm, state.ssm)
+        self.pool.scatter(where, states)
         return self._of_words(output.logits[:, -1])
 
     def _of_words(self, logits_BV: Tensor) -> Tensor:

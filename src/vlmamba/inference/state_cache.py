@@ -11,8 +11,8 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 
+from vlmamba.inference.pool import States
 from vlmamba.inference.request import Picture
-from vlmamba.models.state import MambaState
 
 
 class StateCache:
@@ -20,13 +20,13 @@ class StateCache:
 
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes, self.nbytes = most_bytes, 0
-        self._states: OrderedDict[bytes, tuple[int, MambaState]] = OrderedDict()
+        self._states: OrderedDict[bytes, tuple[int, States]] = OrderedDict()
         self._lengths: Counter[int] = Counter()
 
     def __len__(self) -> int:
         return len(self._states)
 
-    def longest(self, ids: Sequence[int], pictures: Sequence[Picture]) -> tuple[int, MambaState | None]:
+    def longest(self, ids: Sequence[int], pictures: Sequence[Picture]) -> tuple[int, States | None]:
         """The longest beginning of a prompt that a state has read, and the state, which must not be changed. The last
         token is never part of it: what follows is known only by reading it."""
         best, found = b"", 0
@@ -38,7 +38,7 @@ class StateCache:
         self._states.move_to_end(best)
         return found, self._states[best][1]
 
-    def put(self, ids: Sequence[int], pictures: Sequence[Picture], nbytes: int, take: Callable[[], MambaState]) -> None:
+    def put(self, ids: Sequence[int], pictures: Sequence[Picture], nbytes: int, take: Callable[[], States]) -> None:
         """Keeps a state of `nbytes` that has read `ids`, which is taken only if it is not there and fits; those unused
         for longest make room."""
         [(length, name)] = self._names(ids, pictures, [len(ids)])
