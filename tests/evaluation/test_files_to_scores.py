@@ -290,6 +290,11 @@ def test_missing_answers_elsewhere(tmp_path: Path) -> None:
     # POPE: not counted.
     fewer = scored("pope", tmp_path, put_lines(tmp_path / "fewer.jsonl", llava_answers("pope")[1:]))["metrics"]
     assert fewer["adversarial"]["n"] == 149
+    # ... and a split without any answer is left out of the means.
+    only = [line for line in llava_answers("pope") if line["question_id"] < 10_000_000]
+    result = scored("pope", tmp_path, put_lines(tmp_path / "only.jsonl", only))
+    assert result["headline"] == 100 * result["metrics"]["adversarial"]["f1"]
+    assert "no answer to random, popular" in result["notes"][1]
     # A result that says so is not read back as if something had been said.
     data = WRITERS["pope"](tmp_path / "data" / "pope")
     score("pope", data, tmp_path / "fewer.jsonl", out=tmp_path / "result.json")

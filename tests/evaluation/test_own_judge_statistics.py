@@ -26,6 +26,7 @@ from vlmamba.evaluation.statistics import bootstrap, interval, mcnemar, wilson
         ("contains", "forks", ["fork"], 0.0),  # whole words
         ("vqa", "The fork!", ["fork"], 1.0),
         ("vqa", "two", ["2"] * 3 + ["3"] * 7, 0.9),
+        ("vqa", "two", ["2", "3", "pair"], 1.0),  # too few to leave one out
         ("anls", "invoice 123", ["Invoice 124"], 10 / 11),
         ("anls", "abcd", ["wxyz"], 0.0),
         ("anls", "ab", ["ax"], 0.0),  # half of it wrong: nothing
@@ -77,6 +78,10 @@ def test_own_data_mistakes(tmp_path: Path) -> None:
     twice = [{"id": 1, "conversations": turns}, {"id": "1", "conversations": turns}]
     with pytest.raises(ValueError, match="entry 2: the id '1' occurs a second time"):
         OwnData().examples(put_json(tmp_path / "x.json", twice), "llava")
+    with pytest.raises(ValueError, match="entry 1: the answers must be a list, found 5"):
+        OwnData().examples(put_json(tmp_path / "x.json", [twice[0] | {"answers": 5}]), "llava")
+    (example,) = OwnData().examples(put_json(tmp_path / "x.json", [twice[0] | {"answers": "yes"}]), "llava")
+    assert example.data["truths"] == ["yes"]
 
 
 class Endpoint(HTTPServer):
@@ -164,9 +169,11 @@ def test_judged_mmvet_and_estimate(endpoint: Endpoint, tmp_path: Path) -> None:
     assert "400 calls to m" in said[0]
     assert "$" in said[0]
     assert "not comparable" in result["notes"][1]
+    endpoint.reply = lambda request: "0.1" if len(endpoint.requests) == 401 else "0.0"
     mine = score("mmvet", data, answers, options=Options(judge=judge, few_shot="official text"))
     assert endpoint.requests[-1]["messages"][0]["content"].startswith("official text\n")
     assert not any("not comparable" in note for note in mine["notes"])
+    assert (mine["headline"], mine["standard_error"]) == (0.0, pytest.approx(0.05))  # 0.05, rounded
 
 
 def test_judged_mmbench(endpoint: Endpoint, tmp_path: Path) -> None:

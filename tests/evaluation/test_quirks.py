@@ -393,3 +393,9 @@ def test_mmvet_gives_up_after_five_parses() -> None:
 
 def test_mmvet_prompt() -> None:
     assert mmvet.judge_prompt("shots", "q?", "1<AND>2<OR>3", "x") == "shots\nq? | 1 <AND> 2 <OR> 3 | x | "
+
+
+def test_mmvet_rounds_as_numpy_does() -> None:
+    metadata = {str(i): {"capability": ["rec"]} for i in range(200)}
+    scores = mmvet.score_mmvet(metadata, {"0": [0.1]})  # 0.05, the float a little above: half to even all the same
+    assert (scores["total"], scores["runs"], scores["perCapability"]) == (0.0, [0.0], {"rec": 0.0})

@@ -47,9 +47,10 @@ def contains(answer: str, truths: Sequence[str], prompt: str) -> float:
 
 
 def vqa(answer: str, truths: Sequence[str], prompt: str) -> float:
-    """VQA accuracy with TextVQA's normaliser; with a single truth, whether it is matched."""
-    if len(truths) == 1:
-        return float(normalize_m4c(answer) == normalize_m4c(truths[0]))
+    """VQA accuracy with TextVQA's normaliser; with fewer than four truths, of which leaving one out leaves too few for
+    a 1, whether one of them is matched."""
+    if len(truths) < 4:
+        return float(normalize_m4c(answer) in map(normalize_m4c, truths))
     return m4c_accuracy(answer, truths)
 
 
@@ -135,7 +136,10 @@ class OwnData(Task):
         speakers = [turn.get("from") for turn in turns[:2]] if isinstance(turns, list) else []
         if speakers[:1] != ["human"] or (speakers != ["human", "gpt"] and "answers" not in record):
             raise ValueError(f"{where}: expected a human turn and its answer by gpt, found turns by {speakers}")
-        truths = record.get("answers") or [turns[1]["value"]]
+        truths = record.get("answers")
+        if not isinstance(truths, str | list | None):
+            raise ValueError(f"{where}: the answers must be a list, found {truths!r}")
+        truths = [truths] if isinstance(truths, str) else truths or [turns[1]["value"]]
         question = turns[0]["value"].replace("<image>", "").strip()
         return Example(
             id=str(record["id"]),

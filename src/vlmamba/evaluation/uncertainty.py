@@ -14,14 +14,14 @@ BLOCKS = 50
 
 def standard_error(task: Task, joined: Joined, score: Score, folder: Path, options: Options) -> float | None:
     """Of `score.headline`, in its unit, pictures taken as drawn at random. None where there is no headline, fewer than
-    two pictures, or a judge in it, who would have to be asked again."""
+    two pictures."""
     groups = by_picture(joined.examples)
     if score.headline is None or len(groups) < 2:
         return None
-    if abs(100 * mean_score(score.outcomes) - score.headline) < 0.01:  # the official tools round to two decimals
+    # MM-Vet's script rounds to one decimal, the others to two or not at all.
+    rounding = 0.051 if score.headline == round(score.headline, 1) else 0.01
+    if abs(100 * mean_score(score.outcomes) - score.headline) < rounding:
         return _of_mean([[score.outcomes[e.id].score for e in group if e.id in score.outcomes] for group in groups])
-    if options.judge is not None:
-        return None
     blocks = [{e.id for group in groups[i::BLOCKS] for e in group} for i in range(min(BLOCKS, len(groups)))]
     return _jackknife([task.score(_without(joined, block), folder, options).headline for block in blocks])
 

@@ -50,8 +50,8 @@ def grade(prompt: str, ask: AskGrade) -> tuple[float, list[str]]:
 
 
 def score_mmvet(metadata: Mapping[str, Mapping[str, Any]], grades: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Totals x 100, rounded to one decimal: `total`, `std` and `runs` over runs, `perCapability`,
-    `perCapabilitySet`.
+    """Totals x 100, rounded to one decimal as numpy rounds (0.05 to 0.0): `total`, `std` and `runs` over runs,
+    `perCapability`, `perCapabilitySet`.
 
     grades: id to one grade per run. An ungraded question counts as 0, since every denominator is the data set's."""
     runs = max((len(values) for values in grades.values()), default=0)
@@ -66,7 +66,7 @@ def score_mmvet(metadata: Mapping[str, Mapping[str, Any]], grades: Mapping[str, 
         return np.array(sums) / len(ids) * 100
 
     def mean(ids: list[str]) -> float:
-        return round(float(per_run(ids).mean()), 1)
+        return float(np.round(per_run(ids).mean(), 1))
 
     by_name: dict[str, list[str]] = {}
     for qid, item in metadata.items():
@@ -80,9 +80,9 @@ def score_mmvet(metadata: Mapping[str, Mapping[str, Any]], grades: Mapping[str, 
     }
     total = per_run(list(metadata))
     return {
-        "total": round(float(total.mean()), 1),
-        "std": round(float(total.std()), 1),
-        "runs": [round(float(value), 1) for value in total],
+        "total": float(np.round(total.mean(), 1)),
+        "std": float(np.round(total.std(), 1)),
+        "runs": np.round(total, 1).tolist(),
         "perCapability": {name: mean(ids) for name, ids in sorted(by_name.items(), key=lambda kv: -len(kv[1]))},
         "perCapabilitySet": sets,
     }

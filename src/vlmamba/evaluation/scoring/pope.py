@@ -44,5 +44,5 @@ def score_pope(splits: Mapping[str, Iterable[tuple[str, str]]]) -> dict[str, Any
     """Each split's table, and the means of F1 (the headline) and accuracy over the splits, as fractions."""
     tables = {name: score_split(pairs) for name, pairs in splits.items()}
     # The mean over splits is nobody's tool, only everybody's headline: rounded once, so no order of splits matters.
-    means = {f"mean_{key}": fsum(t[key] for t in tables.values()) / len(tables) for key in ("f1", "accuracy")}
+    means = {f"mean_{key}": fsum(t[key] for t in tables.values()) / (len(tables) or 1) for key in ("f1", "accuracy")}
     return {**tables, **means}

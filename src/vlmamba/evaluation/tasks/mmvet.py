@@ -37,6 +37,7 @@ class MMVet(Task):
     folders = ("mmvet", "mm-vet", "MM-Vet")
     files = ("mm-vet.json", "mm-vet/mm-vet.json")
     title = "MM-Vet"
+    version = 2
     metric = "total"
     paper = 32.6
     max_new_tokens = 1024

@@ -27,6 +27,7 @@ class POPE(Task):
     name = "pope"
     folders = ("pope", "POPE")
     title = "POPE"
+    version = 2
     metric = "mean F1"
     paper = 84.4
     source = (
@@ -95,7 +96,7 @@ class POPE(Task):
 
     def score(self, joined: Joined, folder: Path, options: Options) -> Score:
         answers = joined.last
-        splits: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
+        splits: dict[str, list[tuple[str, str]]] = {}
         outcomes = {}
         for example in joined.examples:
             prediction = answers.get(example.id)
@@ -104,11 +105,13 @@ class POPE(Task):
             # Each answer meets the label of its own question. The tools pair line by line instead, and a missing
             # line would shift all that follow.
             label = example.data["label"]
-            splits[example.data["split"]].append((prediction.text, label))
+            splits.setdefault(example.data["split"], []).append((prediction.text, label))
             parsed = parse(prediction.text)
             outcomes[example.id] = Outcome(float((parsed == "no") == (label == "no")), parsed)
         metrics = score_pope(splits)
         notes = []
         if joined.coverage()["missing"]:
             notes.append("questions without an answer are not counted: an answer says yes or no, nothing says neither")
+        if unanswered := ", ".join(split for split in SPLITS if split not in splits):
+            notes.append(f"no answer to {unanswered}: the means are without")
         return Score(100 * metrics["mean_f1"], metrics, outcomes, notes)
