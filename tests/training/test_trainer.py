@@ -87,8 +87,7 @@ def test_torn_checkpoints_are_passed_over(recipe, tmp_path, capsys) -> None:
     config = recipe()
     run(config)
     folder = tmp_path / "run/checkpoints"
-    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-000004", "step-000006"]
-    assert (folder / "latest").read_text() == "step-000006"
+    assert sorted(p.name for p in folder.iterdir()) == ["step-000004", "step-000006"]
     data = (folder / "step-000006/__0_0.distcp").read_bytes()
     (folder / "step-000006/__0_0.distcp").write_bytes(data[:-1] + b"x")
     assert checkpoint.find_latest(folder) == folder / "step-000004"
@@ -114,6 +113,24 @@ def test_the_newest_is_found_and_kept_by_its_number(recipe, tmp_path) -> None:
     assert names == {"step-1000000", "step-1000000-copy", "step-1000001"}
 
 
+@pytest.mark.parametrize(("keep", "damaged"), [(1, [300]), (2, [200, 300])])
+def test_damaged_ones_of_later_steps_give_way(tmp_path, keep, damaged) -> None:
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep)
+    for step in damaged:
+        checkpoints.save(model, optimizer, checkpoint.Progress(step=step))
+        checkpoints.wait()
+        (tmp_path / f"step-{step:06d}/manifest.json").write_text("torn")
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep)
+    assert checkpoints.load(model, optimizer) is None
+    for step in (50, 100):
+        checkpoints.save(model, optimizer, checkpoint.Progress(step=step))
+        checkpoints.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000050", "step-000100"][-keep:]
+    assert checkpoint.find_latest(tmp_path) == tmp_path / "step-000100"
+
+
 class FullDisk(checkpoint.dcp.FileSystemWriter):
     """Has no room for the checkpoint of step 4, as torch.save finds out, and DCP tells, in ways of their own."""
 
@@ -131,7 +148,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(recipe, tmp_path, monkeypatch)
     with pytest.raises(checkpoint.CheckpointError, match=r"step-000004 .*\(\[Errno 28\] No space left on device\)"):
         run(recipe())
     folder = tmp_path / "run/checkpoints"
-    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-000002"]
+    assert sorted(p.name for p in folder.iterdir()) == ["step-000002"]
     assert checkpoint.broken(folder / "step-000002") is None
     monkeypatch.undo()
     run(recipe())

@@ -1,7 +1,6 @@
-"""Checkpoints that are complete or not there: written aside, synced, hashed, renamed, and only then pointed at.
+"""Checkpoints that are complete or not there: written aside, synced, hashed, and only then given their name.
 
     checkpoints/step-000200/{__0_0.distcp, ..., .metadata, random.json, state.json, manifest.json}
-    checkpoints/latest        the name of the newest one
 
 Tensors are in the format of `torch.distributed.checkpoint`, so that any number of processes can go on from what any
 other number wrote. Writing happens in the background, from a copy. Only trained parameters are kept: frozen ones are
@@ -36,7 +35,6 @@ from torch.futures import Future
 from vlmamba.training.parallel import World
 
 MANIFEST = "manifest.json"
-LATEST = "latest"
 _SCRATCH = ".writing-"
 _MOST_THREADS = 8
 
@@ -159,9 +157,11 @@ class Checkpoints:
                 shutil.rmtree(final)
             os.replace(scratch, final)
             _sync(self.folder)
-            _point(self.folder, final.name)
-            for old in _oldest_first(self.folder)[: -self.keep]:
-                shutil.rmtree(old)
+            # Those of a later step were damaged, or the run would have gone on from there; they count for nothing.
+            known = _oldest_first(self.folder)
+            here = known.index(final) + 1
+            for gone in (*known[: max(0, here - self.keep)], *known[here:]):
+                shutil.rmtree(gone)
         except (Exception, CheckpointException) as error:  # the latter is no Exception
             shutil.rmtree(scratch, ignore_errors=True)
             self._error = error
@@ -292,16 +292,6 @@ def _seal(folder: Path) -> None:
     for file in [*files, folder / MANIFEST]:
         with file.open("rb+") as handle:
             os.fsync(handle.fileno())
-    _sync(folder)
-
-
-def _point(folder: Path, name: str) -> None:
-    scratch = folder / f".{LATEST}"
-    with scratch.open("w") as handle:
-        handle.write(name)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(scratch, folder / LATEST)
     _sync(folder)
 
 
