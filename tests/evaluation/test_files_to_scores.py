@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from official import WRITERS, golden, llava_answers, put_json, put_lines
 
+from vlmamba.commands.evaluate import score as print_score
 from vlmamba.evaluation.api import check, score
 from vlmamba.evaluation.task import Options
 from vlmamba.evaluation.tasks import TASKS
@@ -394,3 +395,38 @@ def test_vqav2_validation_beside_the_test_set_submits_its_own_answers(tmp_path: 
     again = score("vqav2", data, tmp_path / "out" / "vqav2_submission.json")
     assert again["headline"] == first["headline"]
     assert again["coverage"]["questions"] == again["coverage"]["answered"]
+
+
+def test_vqav2_splits_are_told_by_the_names_of_the_questions(tmp_path: Path) -> None:
+    data = WRITERS["vqav2"](tmp_path / "data")
+    train = "v2_OpenEnded_mscoco_train2014_questions.json"
+    put_json(data / train, {"questions": [{"question_id": 5, "image_id": 6, "question": "what?"}]})
+    truth = json.loads((data / "v2_mscoco_val2014_annotations.json").read_text())["annotations"][0]
+    put_json(data / "v2_mscoco_train2014_annotations.json", {"annotations": [{**truth, "question_id": 5}]})
+    assert len(TASKS["vqav2"].examples(data, "llava")) == 400
+    (data / "v2_mscoco_val2014_annotations.json").unlink()
+    answers = put_lines(tmp_path / "answers.jsonl", llava_answers("vqav2"))
+    with pytest.raises(ValueError, match=r"v2_mscoco_val2014_annotations\.json, for .* is missing"):
+        score("vqav2", data, answers)
+    (data / "v2_OpenEnded_mscoco_val2014_questions.json").unlink()
+    (example,) = TASKS["vqav2"].examples(data, "llava")
+    assert str(example.image).endswith("COCO_train2014_000000000006.jpg")
+
+
+def test_gqa_takes_the_choices_of_its_own_tier(tmp_path: Path) -> None:
+    data = WRITERS["gqa"](tmp_path / "data")
+    put_json(data / "val_choices.json", {"1": {"valid": [], "plausible": []}})
+    answers = put_lines(tmp_path / "answers.jsonl", llava_answers("gqa"))
+    assert "no choices file" in score("gqa", data, answers)["notes"][0]
+
+
+def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = WRITERS["scienceqa"](tmp_path / "data")
+    lines = llava_answers("scienceqa")
+    answers = put_lines(tmp_path / "answers.jsonl", [*lines[1:], lines[1], {**lines[1], "question_id": "unheard of"}])
+    judging = dict.fromkeys(("judge_url", "judge_model", "judge_cache", "judge_price", "few_shot"))
+    print_score("scienceqa", str(answers), str(data), None, None, None, "", rule="current", judge_runs=1, **judging)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) < 60  # numbers, not what stands per question
+    assert "answered: 367 of 378 questions" in printed
+    assert "note: of the answers there are 11 missing, 1 duplicates, 1 unknown" in printed

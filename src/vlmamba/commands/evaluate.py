@@ -92,6 +92,7 @@ def score(
 ) -> None:
     """Scores anybody's answers to a benchmark as its official tool does."""
     from vlmamba.evaluation import api
+    from vlmamba.evaluation.results import brief
 
     chosen = _own(metric, images) if task == "own" else task
     result = api.score(
@@ -106,8 +107,12 @@ def score(
     error = result["standard_error"]
     about = "" if error is None else f" ± {_number(error)} (standard error)"
     print(f"{result['title']}, {result['metric']}: {_number(result['headline'])}{about}")
-    for line in _flat(result["metrics"]):
+    for line in _flat(brief(result["metrics"])):
         print(f"  {line}")
+    counts = result["coverage"]
+    print(f"answered: {counts['answered']} of {counts['questions']} questions")
+    if odd := ", ".join(f"{counts[k]} {k}" for k in ("missing", "duplicates", "unknown") if counts[k]):
+        print(f"note: of the answers there are {odd}")
     for note in result["notes"]:
         print(f"note: {note}")
 

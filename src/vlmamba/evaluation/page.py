@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from vlmamba.evaluation.results import brief
+
 if TYPE_CHECKING:
     from vlmamba.evaluation.report import Card, Section, Share
 
@@ -129,19 +131,9 @@ def _section(section: Section, name: str, other: str | None) -> str:
         parts.append(_comparison(section, name, other))
     if section.cards:
         parts.append("<h3>A sample of the answers</h3>" + _browser(section.cards))
-    numbers = escape(json.dumps(_brief(r["metrics"]), indent=1, ensure_ascii=False))
+    numbers = escape(json.dumps(brief(r["metrics"]), indent=1, ensure_ascii=False))
     parts.append(f"<details><summary>all numbers</summary><pre>{numbers}</pre></details>")
     return f"<section>{''.join(parts)}</section>"
-
-
-def _brief(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics without what stands per question: tables longer than a screen."""
-    brief = {}
-    for key, value in metrics.items():
-        value = _brief(value) if isinstance(value, dict) and len(value) <= 60 else value
-        if not isinstance(value, (dict, list)) or len(value) <= 60:
-            brief[key] = value
-    return brief
 
 
 def _bars(skills: Sequence[Share], total: Share) -> str:

@@ -97,6 +97,16 @@ def load(path: Path) -> dict[str, Any]:
     return result
 
 
+def brief(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics without what stands per question: tables longer than a screen."""
+    short = {}
+    for key, value in metrics.items():
+        value = brief(value) if isinstance(value, dict) and len(value) <= 60 else value
+        if not isinstance(value, (dict, list)) or len(value) <= 60:
+            short[key] = value
+    return short
+
+
 def table(results: Sequence[Mapping[str, Any]], name: str = "this run") -> Table:
     """The headlines with their standard errors, beside the paper's where it has any."""
     published = any(result["paper"] is not None for result in results)

@@ -64,7 +64,8 @@ class GQA(Task):
     def score(self, joined: Joined, folder: Path, options: Options) -> Score:
         questions = {example.id: example.data for example in joined.examples}
         answers = {qid: self._converted(p) for qid, p in joined.last.items()}
-        choices_file = find(folder, "*choices.json", "*/*choices.json")
+        tier = self.annotation_file(folder).name.split("_")[0]
+        choices_file = find(folder, f"{tier}_choices.json", f"*/{tier}_choices.json")
         choices = require_table(load_json(choices_file), str(choices_file)) if choices_file else None
         lacking = [
             qid for qid, q in questions.items() if choices is not None and q["isBalanced"] and qid not in choices

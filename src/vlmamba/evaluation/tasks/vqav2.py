@@ -23,7 +23,8 @@ class VQAv2(Task):
         v2_mscoco_val2014_annotations.json
         val2014/COCO_val2014_000000000042.jpg ...
 
-    Where both are there the variant tells them apart: `llava` asks validation, `llava-test-dev` test-dev.
+    The names of the files tell which. Where both are there the variant tells them apart: `llava` asks and scores
+    validation, `llava-test-dev` asks test-dev.
     """
 
     name = "vqav2"
@@ -34,23 +35,25 @@ class VQAv2(Task):
     variants = ("llava", "llava-test-dev")
     source = "Questions, annotations and images are at https://visualqa.org/download.html"
 
-    def _files(self, folder: Path, variant: str = "llava") -> tuple[Path | None, Path | None]:
-        """Questions and annotations; no annotations for a test set."""
-        annotations = find(folder, "v2_mscoco_*_annotations.json", "*annotations.json")
-        if annotations is not None and variant != "llava-test-dev":
-            split = annotations.name.removeprefix("v2_mscoco_").removesuffix("_annotations.json")
-            return find(folder, f"*{split}_questions.json", "*val*questions.json"), annotations
-        return find(folder, "*test-dev*questions.json", "*questions.json"), None
+    def _files(self, folder: Path, variant: str = "llava") -> tuple[Path | None, str, Path | None]:
+        """Questions, the split in the names of their pictures, and annotations, which a test set has none of."""
+        test = ("*test-dev*questions.json", "*test*questions.json")
+        patterns = test if variant == "llava-test-dev" else ("*val*questions.json", *test, "*questions.json")
+        questions = find(folder, *patterns)
+        name = questions.name if questions else ""
+        split = "test2015" if "test" in name else "train2014" if "train" in name else "val2014"
+        return questions, split, None if "test" in name else find(folder, f"*{split}_annotations.json")
 
     def annotations(self, folder: Path) -> list[str]:
-        questions, annotations = self._files(folder)
-        if questions is None and annotations is not None:
-            return [f"the questions that belong to {annotations.name} are missing"]
-        return [] if questions else ["v2_OpenEnded_mscoco_test-dev2015_questions.json (or val2014's) is missing"]
+        questions, split, annotations = self._files(folder)
+        if questions is None:
+            return ["v2_OpenEnded_mscoco_test-dev2015_questions.json (or val2014's) is missing"]
+        lacking = split != "test2015" and annotations is None
+        return [f"v2_mscoco_{split}_annotations.json, for {questions.name}, is missing"] if lacking else []
 
     def examples(self, folder: Path, variant: str) -> list[Example]:
         self.require_folder(folder)
-        questions_file, annotations_file = self._files(folder, variant)
+        questions_file, split, annotations_file = self._files(folder, variant)
         if questions_file is None:
             raise ValueError(f"{folder} has no questions for the variant {variant}: {self.source}")
         truths: dict[Any, Any] = {}
@@ -70,7 +73,6 @@ class VQAv2(Task):
             raise ValueError(
                 f"{annotations_file} has no answers to {len(unanswered)} questions, such as {unanswered[0]}"
             )
-        split = "test2015" if annotations_file is None else "val2014"
         first = f"COCO_{split}_{questions[0]['image_id']:012d}.jpg"
         root = image_root(folder, [split, "images", "."], first)
         # The evaluator sums in the order of the annotations.
