@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -170,6 +172,14 @@ def test_missing_file_folder_and_strange_names(tmp_path):
         read_image("https://example.org/a.png")
     with pytest.raises(ValueError, match="got int"):
         read_image(3)
+
+
+def test_threads_leave_the_process_s_warnings_alone():
+    """Filters are put aside and back for the whole process: two threads at it would leave those of one behind."""
+    before, data = list(warnings.filters), encoded(Image.new("RGB", (900, 900)))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(read_image, [data] * 200))
+    assert warnings.filters == before
 
 
 def test_pad_to_square_centres():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
 from typing import TypeAlias
 
 import numpy as np
@@ -46,9 +45,22 @@ def read_image(source: ImageSource) -> Image.Image:
         ValueError: no such file, not an image, damaged or truncated, or more than MAX_PIXELS pixels. The message
             names the file.
     """
-    with warnings.catch_warnings():  # what Pillow warns of, is decided and said here
-        warnings.simplefilter("ignore")
-        return _read(source, _name_of(source))
+    name = _name_of(source)
+    image = _open(source, name)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"{name} is {width} x {height} pixels; at most {MAX_PIXELS / 1e6:.0f} million are read. Scale it down first"
+        )
+    if width == 0 or height == 0:
+        raise ValueError(f"{name} is {width} x {height} pixels: nothing to see")
+    try:
+        image.load()
+        return _upright_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders of damaged data raise nearly anything: OSError, SyntaxError, struct.error
+        raise ValueError(f"{name} is damaged or truncated: {error}") from error
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
@@ -81,24 +93,6 @@ def crop_strip(image: Image.Image, ratio: int = 16) -> Image.Image:
     left = max(0, (width - ratio * height) // 2)
     top = max(0, (height - ratio * width) // 2)
     return image.crop((left, top, width - left, height - top))
-
-
-def _read(source: ImageSource, name: str) -> Image.Image:
-    image = _open(source, name)
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ValueError(
-            f"{name} is {width} x {height} pixels; at most {MAX_PIXELS / 1e6:.0f} million are read. Scale it down first"
-        )
-    if width == 0 or height == 0:
-        raise ValueError(f"{name} is {width} x {height} pixels: nothing to see")
-    try:
-        image.load()
-        return _upright_rgb(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders of damaged data raise nearly anything: OSError, SyntaxError, struct.error
-        raise ValueError(f"{name} is damaged or truncated: {error}") from error
 
 
 def _name_of(source: ImageSource) -> str:
