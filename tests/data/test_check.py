@@ -14,7 +14,7 @@ from vlmamba.cli import main
 from vlmamba.data import check as module
 from vlmamba.data.check import check, tell
 from vlmamba.data.places import MIX_665K
-from vlmamba.data.records import BadSampleError
+from vlmamba.data.records import BadSampleError, llava_record
 from vlmamba.data.sources import LlavaConfig, LlavaSource
 
 
@@ -86,6 +86,29 @@ def test_damage_inside_is_found_by_decoding(tmp_path: Path) -> None:
     )
     assert not check(str(tmp_path / "a.json"), str(tmp_path)).unusable
     assert check(str(tmp_path / "a.json"), str(tmp_path), decode=True).unusable
+
+
+def test_names_that_no_system_takes_are_missing_pictures(tmp_path: Path, encoder) -> None:
+    names = ["x" * 300 + ".jpg", "a\0b.jpg", "a\0b/c.jpg"]
+    entries = [{"image": name, "conversations": talk("<image>What?", "This")} for name in names]
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    assert set(check(str(tmp_path / "a.json"), str(tmp_path)).unusable) == {0, 1, 2}
+    for entry in entries:
+        with pytest.raises(BadSampleError):
+            encoder(llava_record(entry, 0, tmp_path))
+
+
+def test_whatever_a_decoder_raises_is_a_broken_picture(tmp_path: Path, monkeypatch) -> None:
+    """Damaged AVIF is a RuntimeError as soon as it is opened, whatever the file's suffix."""
+    entry = {"image": save(tmp_path, "a.jpg", encoded("JPEG")), "conversations": talk("<image>What?", "This")}
+    (tmp_path / "a.json").write_text(json.dumps([entry]))
+
+    def fail(*_, **__) -> None:
+        raise RuntimeError("Failed to decode image: Invalid ftyp")
+
+    monkeypatch.setattr(Image, "open", fail)
+    report = check(str(tmp_path / "a.json"), str(tmp_path))
+    assert "cannot be read: Failed to decode image" in report.unusable[0]
 
 
 def test_llava_s_mix_says_where_its_parts_are(tmp_path: Path, capsys) -> None:

@@ -230,7 +230,7 @@ def _look_at_picture(folder: Path, path: str, decode: bool) -> Picture:
     file = locate(asked)
     try:
         size = file.stat().st_size
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name with a NUL
         return Picture(path, "missing")
     try:
         with file.open("rb") as handle, Image.open(handle) as image:
@@ -241,7 +241,7 @@ def _look_at_picture(folder: Path, path: str, decode: bool) -> Picture:
             disguised = file.suffix.lower() not in _suffixes_of(kind)
         if decode or not whole or width * height > 8e7:
             read_image(file)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # decoders raise nearly anything; the reader decides
         try:
             read_image(file)
         except ValueError as problem:  # its words, without the name, which is known
@@ -268,12 +268,14 @@ def _count_surplus(folder: Path, users: dict[str, list[int]], report: Report) ->
     places = {os.path.dirname(os.path.normpath(path)): report.parts[folder_of(path, file)] for path in users}
     known = {os.path.splitext(os.path.normpath(path))[0] for path in users}
     for place, part in places.items():
+        if not os.path.isdir(folder / place):
+            continue
         _, _, names = next(os.walk(folder / place), ("", [], []))
         for name in names:
             stem, suffix = os.path.splitext(os.path.join(place, name))
             if suffix in SUFFIXES and stem not in known:
                 part.surplus += 1
-                part.surplus_bytes += os.path.getsize(folder / place / name)
+                part.surplus_bytes += os.lstat(folder / place / name).st_size
 
 
 def _pace(files: list[Path]) -> float | None:

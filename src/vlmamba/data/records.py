@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -141,6 +142,7 @@ def _marked(turns: list[tuple[str, str]], asked: list[int], pictures: int, name:
 
 def locate(path: Path) -> Path:
     """The file itself, or the one of that name with another suffix: OCR-VQA's GIFs are JPGs in LLaVA's file."""
-    if path.exists():
+    # Path.exists raises on a name too long and in a folder that may not be read.
+    if os.path.exists(path):
         return path
-    return next((other for suffix in SUFFIXES if (other := path.with_suffix(suffix)).exists()), path)
+    return next((other for suffix in SUFFIXES if os.path.exists(other := path.with_suffix(suffix))), path)

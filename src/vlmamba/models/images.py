@@ -121,7 +121,9 @@ def _open(source: ImageSource, name: str) -> Image.Image:
         raise ValueError(f"{name} is not an image that can be read (JPEG, PNG, GIF, WebP, BMP, TIFF, ...)") from error
     except FileNotFoundError as error:
         raise ValueError(f"no such image: {name}") from error
-    except (OSError, ValueError) as error:  # a folder, no permission, a name the system does not take
+    except MemoryError:
+        raise
+    except Exception as error:  # a folder, no permission, a name the system does not take; damaged AVIF: RuntimeError
         raise ValueError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
