@@ -125,7 +125,7 @@ def test_seeds_and_splits_differ() -> None:
 
 
 @pytest.mark.parametrize("size", [64, 128, 200])
-def test_pictures_have_the_size_asked_for(size: int) -> None:
+def test_pictures_have_the_size_sidesfor(size: int) -> None:
     samples = [World(0, "train", size).sample(i) for i in range(20)]
     assert {s.image.size for s in samples} == {(size, size)}
     assert {s.image.mode for s in samples} == {"RGB"}
@@ -400,6 +400,12 @@ def test_answers_are_balanced(train: list[tuple[Scene, Question]]) -> None:
     counts = Counter(q.answer for _, q in train if q.form.startswith("counting.") and q.kind == "short")
     assert set(counts) == set("0123456")
     assert max(counts.values()) < 1.4 * min(counts.values())
+
+
+def test_questions_on_a_side_do_not_name_a_place(train: list[tuple[Scene, Question]]) -> None:
+    sides = [q.text for _, q in train if q.form in ("relations.which", "relations.side", "relations.place")]
+    assert len(sides) > 100
+    assert not [text for text in sides if re.search(r"(at the|on the|in the) (top|bottom|left|right|middle)", text)]
 
 
 @pytest.mark.parametrize("split", ["train", "held-out"])

@@ -154,9 +154,9 @@ def is_thing(asker: Asker) -> Question | None:
 def is_place(asker: Asker) -> Question | None:
     """The wrong place is that of something else, since places are not equally common."""
     found = [i for i in asker.scene.items if i.well_placed]
-    for item, phrase in asker.referable(found, 1):
+    for item, phrase in asker.referable(found, 1, "place"):
         others = [at(i.place) for i in found if i.place != item.place]
-        if not others or phrase.endswith(item.place):
+        if not others:
             return None
         draw = lambda: asker.rng.choice(others)  # noqa: B023, E731
         return _verified(asker, "relations.is-place", "where is {x}?", at(item.place), draw, [item], x=phrase)
@@ -200,9 +200,7 @@ def list_things(asker: Asker) -> Question | None:
 
 
 def tell_where(asker: Asker) -> Question | None:
-    for item, phrase in asker.referable([i for i in asker.scene.items if i.well_placed], 1):
-        if phrase.endswith(item.place):
-            return None
+    for item, phrase in asker.referable([i for i in asker.scene.items if i.well_placed], 1, "place"):
         wordings = ("tell me where {x} is.", "describe where to find {x}.")
         return asker.ask("open.where", wordings, open_reply(asker.scene, item, phrase), [item], kind="open", x=phrase)
     return None

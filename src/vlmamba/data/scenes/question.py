@@ -102,8 +102,8 @@ class Asker:
         return self.rng.sample(list(items), len(items))
 
     def reference(self, item: Item, hide: str = "") -> str:
-        """A phrase that fits this item alone, "" where there is none. `hide` is an attribute it must not give away:
-        "colour", "shape", "size" or "name" (all that names it)."""
+        """A phrase that fits this item alone, "" where there is none. `hide` is what it must not give away:
+        "colour", "shape", "size", "name" (all that names it) or "place"."""
         counts = self.scene.counts
         options: list[str] = []
         if item.kind == "thing" and hide != "name" and counts["thing", item.name] == 1:
@@ -112,7 +112,7 @@ class Asker:
             options = self._shape_references(item, hide)
         elif item.written and hide != "name":
             options.append(f"the {item.kind} {item.name}")
-        if (not options or self.rng.random() < 0.15) and self.alone(item):
+        if (not options or self.rng.random() < 0.15) and hide != "place" and self.alone(item):
             noun = item.kind if item.kind in ("thing", "shape") else "text"
             options = [f"the {noun} {at(item.place)}"]
         return self.rng.choice(options) if options else ""

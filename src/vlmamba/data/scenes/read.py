@@ -98,10 +98,9 @@ def larger_number(asker: Asker) -> Question | None:
         return None
     word = asker.rng.choice(("largest", "smallest"))
     if asker.coin():
-        pick = max if word == "largest" else min
+        pick, most = (max, "highest") if word == "largest" else (min, "lowest")
         wordings: tuple[str, ...] = ("what is the value of the {w} number?", "which number has the {w} value?")
-        wordings = tuple(w.replace("{w}", "highest" if word == "largest" else "lowest") for w in wordings)
-        return asker.ask("arithmetic.most", wordings, str(pick(int(i.name) for i in lines)))
+        return asker.ask(f"arithmetic.{most}", wordings, str(pick(int(i.name) for i in lines)), w=most)
     one, two = asker.rng.sample(lines, 2)
     greater = "greater" if word == "largest" else "less"
     first = (int(one.name) > int(two.name)) == (greater == "greater")

@@ -18,7 +18,7 @@ _ENDS = {
 
 def side(asker: Asker) -> Question | None:
     """Which of two opposite sides an object is on, as a choice or as yes or no."""
-    found = asker.referable(asker.scene.items, 4)
+    found = asker.referable(asker.scene.items, 4, "place")  # what stands "on the right" is seldom left of something
     axes = (("left", "right"), ("above", "below"))
     options = [
         (a, b, axis)
@@ -121,9 +121,7 @@ def nearest(asker: Asker) -> Question | None:
 
 
 def place(asker: Asker) -> Question | None:
-    for item, phrase in asker.referable([i for i in asker.scene.items if i.well_placed], 1):
-        if phrase.endswith(item.place):
-            return None
+    for item, phrase in asker.referable([i for i in asker.scene.items if i.well_placed], 1, "place"):
         wordings = ("where is {x}?", "in which part of the picture is {x}?", "where do you see {x}?")
         return asker.ask("relations.place", wordings, item.place, [item], x=phrase)
     return None
