@@ -77,6 +77,47 @@ def test_interleaved_generations_do_not_mix(model):
 
 
 @torch.no_grad()
+def test_interleaved_streams_do_not_mix(model):
+    """Two that take turns, whatever they stop at, and a narrower one that is left while another goes on."""
+
+    def begin(decoder: Decoder, rows: int, seed: int, stop: int = -1):
+        state, ids = MambaState.empty(3), tokens(rows, 5, seed=seed)
+        first = plain(model, ids, state).argmax(-1)
+        return decoder.tokens(first, state, 13, stops=[stop], every=4, temperature=1.0, seed=2**60 + seed)
+
+    def alone(rows: int, seed: int, stop: int = -1) -> torch.Tensor:
+        return torch.cat(list(begin(reference_decoder(model), rows, seed, stop)), 1)
+
+    decoder = reference_decoder(model)
+    stop = int(alone(2, 1)[0, 1])  # so that row 0 has ended when the others go on
+    streams = [begin(decoder, 2, 1, stop), begin(decoder, 2, 2)]
+    first, second = (torch.cat(blocks, 1) for blocks in zip(*[(next(streams[0]), next(streams[1])) for _ in range(3)]))
+    assert torch.equal(first[0, :2], alone(2, 1)[0, :2])
+    assert torch.equal(first[1], alone(2, 1, stop)[1, :12])
+    assert torch.equal(second, alone(2, 2)[:, :12])
+
+    narrow, wide = begin(decoder, 3, 3), begin(decoder, 4, 4)
+    blocks = [next(narrow), next(wide), next(wide)][1:]
+    narrow.close()
+    assert torch.equal(torch.cat([*blocks, *wide], 1), alone(4, 4))
+
+
+@torch.no_grad()
+def test_lanes_are_few(model):
+    """Batches of many sizes do not add up; a state whose lane went is whole and can be read on."""
+    decoder, state, expected = reference_decoder(model), MambaState.empty(3), MambaState.empty(3)
+    for each in (state, expected):
+        plain(model, tokens(1, 4), each)
+    assert_close(decoder.logits(tokens(1), state), plain(model, tokens(1, 1), expected), rtol=1e-4, atol=1e-5)
+    first = decoder.lane(1)
+    for batch in (2, 3, 5, 9):
+        decoder.lane(batch)
+    assert len(decoder._lanes) == decode.LANES
+    assert not first.holds(state)
+    assert_close(decoder.logits(tokens(1), state), plain(model, tokens(1, 1), expected), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_a_reordered_state_is_taken_in_again(model):
     decoder, ours, theirs = reference_decoder(model), MambaState.empty(3), MambaState.empty(3)
     for state in (ours, theirs):

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from vlmamba.models.decode_cpu import HostDecoder
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
+LANES = 4  # of a model, each with memory for its states; the one not used for longest goes
+SEEDS = (1 << 62) - 1
 # By device: which kernels, and the dtypes of a model that they read.
 _KERNELS = {
     "cuda": ("triton", (torch.float32, torch.bfloat16, torch.float16)),
@@ -269,7 +271,10 @@ class Decoder:
         """The lane for this many sequences; made, and its graph captured, at the first call."""
         bucket = rows_for(batch)
         if bucket not in self._lanes:
+            while len(self._lanes) >= LANES:
+                self._lanes.pop(next(iter(self._lanes))).push_out()
             self._lanes[bucket] = Lane(self.layers, self.head, bucket, **self._options)
+        self._lanes[bucket] = self._lanes.pop(bucket)  # the last used stands last
         return self._lanes[bucket]
 
     def lend(self, state: MambaState, batch: int) -> bool:
@@ -297,29 +302,37 @@ class Decoder:
         lane, batch = self.lane(len(tokens)), len(tokens)
         if len(stops) > len(lane.step.buffers.stops):
             raise ValueError(f"{len(stops)} stop tokens; at most {len(lane.step.buffers.stops)} can be watched for")
-        lane.adopt(state)
-        buffers = lane.step.buffers
-        buffers.tokens[:batch] = tokens
-        buffers.temperature.fill_(temperature)
-        buffers.seed.copy_(torch.arange(len(buffers.seed)) + (seed << 20))
-        buffers.stops.fill_(-1)[: len(stops)] = torch.tensor(list(stops), dtype=torch.int64)
-        buffers.limits.copy_(torch.tensor(limits or (buffers.logits.shape[1], -1)))
-        buffers.count.zero_()
-        done, ended = 0, torch.zeros(batch, dtype=torch.bool) if ended is None else ended.clone()
-        buffers.slots[:batch].masked_fill_(ended.to(buffers.slots.device), lane.step.spare)
+        buffers, last, done = lane.step.buffers, tokens, 0
+        ended = torch.zeros(batch, dtype=torch.bool) if ended is None else ended.clone()
         ends, capacity = torch.tensor(list(stops), dtype=torch.int64), buffers.history.shape[1]
+
+        def settle() -> None:
+            lane.adopt(state)
+            lane.aim(batch)
+            buffers.tokens[:batch] = last
+            buffers.temperature.fill_(temperature)
+            buffers.seed.copy_(torch.arange(len(buffers.seed)) + ((seed << 20) & SEEDS))
+            buffers.stops[: len(stops)] = ends.to(buffers.stops.device)
+            buffers.limits.copy_(torch.tensor(limits or (buffers.logits.shape[1], -1)))
+            buffers.count.fill_(done)
+            buffers.slots[:batch].masked_fill_(ended.to(buffers.slots.device), lane.step.spare)
+
         try:
             while done < count and not bool(ended.all()):
+                if not done or not lane.holds(state):  # others may have been here between two blocks
+                    settle()
                 block = min(every, count - done, capacity)
                 for _ in range(block):
                     lane.step.run()
                 at = torch.arange(done, done + block) % capacity
                 drawn = buffers.history[:batch].cpu()[:, at]
+                last = drawn[:, -1]
                 ended |= torch.isin(drawn, ends).any(1)
                 done += block
                 yield drawn
         finally:
-            lane.aim(batch)
+            if lane.holds(state):
+                lane.aim(batch)
 
     def release(self) -> None:
         """Pushes every state out and forgets the lanes."""
