@@ -263,6 +263,18 @@ def test_page_escapes_what_models_say(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)" in html
 
 
+def test_a_page_of_an_unknown_result_says_so(tmp_path: Path) -> None:
+    data = WRITERS["pope"](tmp_path / "data")
+    (result,) = evaluate(Parrot(), ["pope"], data, tmp_path / "out", limit=2)
+    file = put_json(tmp_path / "result.json", result | {"task": "pop"})
+    with pytest.raises(ValueError, match="tasks that are not known here: pop"):
+        report(file, tmp_path / "page.html")
+    for broken in (result | {"data": None}, result | {"answers": [1]}, {k: v for k, v in result.items() if k != "run"}):
+        put_json(file, broken)
+        with pytest.raises(ValueError, match=str(file)):
+            report(file, tmp_path / "page.html")
+
+
 def test_weights_hash(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no weights"):
         weights_hash(tmp_path)

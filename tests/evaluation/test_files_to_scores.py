@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,15 @@ def test_mmbench_table_written_and_read(tmp_path: Path) -> None:
     header = [cell.value for cell in sheet[1]]
     assert header == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
     assert sheet.max_row == 1 + 388
+    with (
+        zipfile.ZipFile(tmp_path / "out" / "mmbench_submission.xlsx") as whole,
+        zipfile.ZipFile(tmp_path / "half.xlsx", "w") as half,
+    ):
+        for file in whole.namelist():
+            content = whole.read(file)
+            half.writestr(file, content[: len(content) // 2] if "sheet1" in file else content)
+    with pytest.raises(ValueError, match=r"half.xlsx is damaged"):
+        score("mmbench", data, tmp_path / "half.xlsx")
 
 
 def test_mmvet_without_a_judge_is_not_judged(tmp_path: Path) -> None:
@@ -211,6 +221,10 @@ def test_a_damaged_file_of_answers_is_named(name: str, tmp_path: Path) -> None:
     answers.write_text(answers.read_text()[:-20])
     with pytest.raises(ValueError, match=r"answers.jsonl, line 5 is damaged"):
         score(name, data, answers, out=tmp_path / "result.json", submissions=tmp_path / "submissions")
+    for text in ("[" * 100_000, '{"1": ' + "9" * 5000 + "}"):  # too deep for Python's reader, too long for it
+        answers.write_text(text)
+        with pytest.raises(ValueError, match=r"answers.jsonl, line 1 is damaged"):
+            score(name, data, answers, out=tmp_path / "result.json", submissions=tmp_path / "submissions")
     assert not (tmp_path / "result.json").exists()
     assert not (tmp_path / "submissions").exists()
 
@@ -234,6 +248,9 @@ def test_damaged_tables_are_named(tmp_path: Path) -> None:
     table = data / "mmbench_dev_20230712.tsv"
     table.write_text(table.read_text().replace("answer", "antwort", 1))
     with pytest.raises(ValueError, match="answer are missing"):
+        score("mmbench", data, put_lines(tmp_path / "a.jsonl", llava_answers("mmbench")))
+    table.write_text(table.read_text().replace("antwort", "answer", 1).replace("\n1000133\t", "\ninf\t", 1))
+    with pytest.raises(ValueError, match="index must be a number, found 'inf'"):
         score("mmbench", data, put_lines(tmp_path / "a.jsonl", llava_answers("mmbench")))
     data = WRITERS["mme"](tmp_path / "mme")
     victim = next(data.rglob("0001.txt"))
@@ -328,11 +345,20 @@ def test_vqav2_folder_with_both_sets(tmp_path: Path) -> None:
         ("vqav2", "v2_mscoco_val2014_annotations.json", ("annotations", 3, "answers", 0)),
         ("vqav2", "v2_mscoco_val2014_annotations.json", ("annotations", 3, "question_type")),
         ("vqav2", "v2_OpenEnded_mscoco_val2014_questions.json", ("questions", 3, "image_id")),
+        ("vqav2", "v2_mscoco_val2014_annotations.json", ("annotations", 3, "answers")),
         ("gqa", "testdev_balanced_questions.json", ("20000003", "question")),
+        ("gqa", "testdev_balanced_questions.json", ("20000003", "answer")),
+        ("gqa", "testdev_balanced_questions.json", ("20000003", "types", "structural")),
+        ("gqa", "testdev_balanced_questions.json", ("20000003", "groups")),
+        ("gqa", "testdev_balanced_questions.json", ("20000003", "semantic", 0)),
         ("scienceqa", "problems.json", ("6", "choices")),
+        ("scienceqa", "problems.json", ("6", "grade")),
+        ("scienceqa", "problems.json", ("6", "topic")),
         ("scienceqa", "pid_splits.json", ("test",)),
         ("textvqa", "TextVQA_0.5.1_val.json", ("data", 3, "question")),
         ("mmvet", "mm-vet.json", ("v1_3", "imagename")),
+        ("mmvet", "mm-vet.json", ("v1_3", "answer")),
+        ("mmvet", "mm-vet.json", ("v1_3", "capability")),
     ],
 )
 @pytest.mark.parametrize("value", [{}, None])
@@ -378,8 +404,11 @@ def test_mme_file_keeps_every_blank(tmp_path: Path) -> None:
 
 def test_half_a_character_is_written_and_read_back(tmp_path: Path) -> None:
     data = WRITERS["gqa"](tmp_path / "data")
+    questions = golden("gqa")[0]["questions"]
+    next(iter(questions.values()))["answer"] = "\ud83d"  # half a surrogate pair: JSON can hold it, UTF-8 cannot
+    put_json(data / "testdev_balanced_questions.json", questions)
     lines = llava_answers("gqa")
-    lines[0] = {**lines[0], "text": "\ud83d"}  # half a surrogate pair: JSON can hold it, UTF-8 cannot
+    lines[0] = {**lines[0], "text": "\ud83d", "task": "gqa", "id": ["1"]}
     file = put_lines(tmp_path / "answers.jsonl", lines)
     first = score("gqa", data, file, out=tmp_path / "result.json", submissions=tmp_path / "out")
     assert score("gqa", data, tmp_path / "result.json")["metrics"] == first["metrics"]
@@ -418,6 +447,11 @@ def test_gqa_takes_the_choices_of_its_own_tier(tmp_path: Path) -> None:
     put_json(data / "val_choices.json", {"1": {"valid": [], "plausible": []}})
     answers = put_lines(tmp_path / "answers.jsonl", llava_answers("gqa"))
     assert "no choices file" in score("gqa", data, answers)["notes"][0]
+    choices = golden("gqa")[0]["choices"]
+    for entry in (None, {"valid": []}, {"valid": [], "plausible": None}):
+        put_json(data / "testdev_choices.json", {**choices, "20000003": entry})
+        with pytest.raises(ValueError, match=r"testdev_choices.json, 20000003: .*plausible"):
+            score("gqa", data, answers)
 
 
 def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -430,3 +464,13 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert len(printed) < 60  # numbers, not what stands per question
     assert "answered: 367 of 378 questions" in printed
     assert "note: of the answers there are 11 missing, 1 duplicates, 1 unknown" in printed
+
+
+def test_mmbench_reads_its_table_as_pandas_and_llava_do(tmp_path: Path) -> None:
+    table = WRITERS["mmbench"](tmp_path / "data") / "mmbench_dev_20230712.tsv"
+    header, row, *lines = table.read_text(encoding="utf-8").split("\n")
+    cells = row.split("\t")
+    cells[2] = "none"  # no hint
+    table.write_text("\ufeff" + "\n".join([header, "\t".join(cells), *lines]), encoding="utf-8")
+    example = TASKS["mmbench"].examples(table.parent, "llava")[0]
+    assert example.prompt.startswith(example.data["question"])

@@ -146,13 +146,21 @@ def test_judge_retries_and_keeps_replies(endpoint: Endpoint, tmp_path: Path, mon
     assert len(endpoint.requests) == 4  # the torn line did not swallow the next
 
 
-def test_judge_errors(endpoint: Endpoint) -> None:
+def test_judge_errors(endpoint: Endpoint, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="http"):
         Judge("localhost:1", "m")
+    with pytest.raises(ValueError, match="address http://localhost:x/chat/completions cannot be used"):
+        Judge("http://localhost:x", "m").ask("x")
+    for line in ('{"a": 1}', "5"):
+        (tmp_path / "cache.jsonl").write_text(line)
+        with pytest.raises(ValueError, match=r"cache.jsonl, line 1: .*key, reply"):
+            Judge(endpoint.url, "m", tmp_path / "cache.jsonl")
     endpoint.failures = [401]
     with pytest.raises(ValueError, match="refuses: 401"):
         Judge(endpoint.url, "m", wait=0.001).ask("x")
     assert len(endpoint.requests) == 1  # no use in asking again
+    endpoint.failures = [0]  # no HTTP
+    assert Judge(endpoint.url, "m", wait=0.001).ask("x") == "0.5"
     endpoint.failures = [500] * 2
     with pytest.raises(ValueError, match="did not answer in 2 tries: 500"):
         Judge(endpoint.url, "m", tries=2, wait=0.001).ask("x")

@@ -44,7 +44,7 @@ def load_json(path: Path) -> Any:
     """A JSON file; ValueError with the place of the damage where it is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of 5000 digits, 100,000 brackets
         raise ValueError(f"{path} is damaged: not valid JSON ({error}); download it again") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
@@ -57,7 +57,7 @@ def load_json_lines(path: Path) -> list[Any]:
         if line.strip():
             try:
                 values.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number} is damaged: not valid JSON ({error})") from error
     return values
 
@@ -69,6 +69,14 @@ def require(record: Any, fields: Sequence[str], where: str) -> Mapping[str, Any]
     lacking = [field for field in fields if field not in record]
     if lacking:
         raise ValueError(f"{where}: the fields {', '.join(lacking)} are missing from {_short(record)}")
+    return record
+
+
+def require_texts(record: Any, fields: Sequence[str], where: str) -> Mapping[str, Any]:
+    """`require`, of fields that are texts."""
+    for field in fields:
+        if not isinstance(require(record, fields, where)[field], str):
+            raise ValueError(f"{where}: expected a text as {field}, found {_short(record[field])}")
     return record
 
 
@@ -129,5 +137,5 @@ def fingerprint(texts: Iterable[str]) -> str:
     """The first 16 hex digits of the SHA-256 of some texts: names a data set or a set of prompts in a result."""
     digest = hashlib.sha256()
     for text in texts:
-        digest.update(text.encode() + b"\0")
+        digest.update(text.encode(errors="backslashreplace") + b"\0")
     return digest.hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import time
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from vlmamba.evaluation.files import load_text, require_texts
 
 # Worth another try: timeouts, conflicts, rate limits, and the server's own trouble.
 _PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
@@ -41,12 +44,17 @@ class Judge:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"the judge's address must begin with http:// or https://, found {self.url!r}")
         if self.cache is not None and self.cache.exists():
-            for line in self.cache.read_text(encoding="utf-8").split("\n"):
+            text = load_text(self.cache)
+            for number, line in enumerate(text.split("\n"), 1):
                 try:
                     record = json.loads(line)
                 except json.JSONDecodeError:
                     continue  # empty, or cut short by a kill: asked again
+                require_texts(record, ["key", "reply"], f"{self.cache}, line {number}")
                 self._replies[record["key"]] = record["reply"]
+            if text and not text.endswith("\n"):  # the next reply must not continue a line that a kill cut short
+                with self.cache.open("a", encoding="utf-8") as file:
+                    file.write("\n")
 
     def ask(self, prompt: str, temperature: float = 0.0, max_tokens: int = 16, sample: Sequence[int] = ()) -> str:
         """The judge's reply. `sample` tells apart calls that ask the same on purpose, such as another run's."""
@@ -66,9 +74,8 @@ class Judge:
         if self.cache is None:
             return
         self.cache.parent.mkdir(parents=True, exist_ok=True)
-        torn = self.cache.exists() and not self.cache.read_bytes().endswith(b"\n") and self.cache.stat().st_size > 0
         with self.cache.open("a", encoding="utf-8") as file:
-            file.write(("\n" if torn else "") + json.dumps({"key": key, "reply": self._replies[key]}) + "\n")
+            file.write(json.dumps({"key": key, "reply": self._replies[key]}) + "\n")
 
     def _call(self, request: dict[str, Any]) -> str:
         headers = {"Content-Type": "application/json"}
@@ -85,7 +92,9 @@ class Judge:
                 reason = f"{error.code} {error.reason}"
                 if error.code not in _PASSING:
                     raise ValueError(f"the judge {self.model} at {address} refuses: {reason}") from error
-            except (OSError, json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+            except http.client.InvalidURL as error:
+                raise ValueError(f"the judge's address {address} cannot be used: {error}") from error
+            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
                 reason = f"{type(error).__name__}: {error}"
             if attempt < self.tries:
                 time.sleep(self.wait * 2 ** (attempt - 1))

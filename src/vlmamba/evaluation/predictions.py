@@ -10,7 +10,7 @@ from typing import Any
 from vlmamba.evaluation.files import load_json_lines
 from vlmamba.evaluation.task import Example, Joined, Prediction, Task
 
-# Names that the formats give to a question's id and to its answer, with the benchmark that only its own files use.
+# Names that the formats give to a question's id and to its answer; of those in a record the first counts.
 _IDS = ("question_id", "questionId", "index", "id")
 # A table of MMBench rows has the truth under "answer", and what was said under "prediction".
 _TEXTS = ("text", "prediction", "answer")
@@ -37,7 +37,7 @@ def _records(path: Path) -> Sequence[Any]:
         raise ValueError(f"{path} is no text file of answers: {error}") from error
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return load_json_lines(path)
     if isinstance(value, list):
         return value
@@ -93,7 +93,7 @@ def join(task: Task, examples: Sequence[Example], predictions: Sequence[Predicti
         if task.leaves_out(prediction):
             continue
         own = prediction.fields.get("id") if "task" in prediction.fields else None
-        key = own if own in by_id else task.locate(prediction, index)
+        key = own if isinstance(own, str) and own in by_id else task.locate(prediction, index)
         if key is None:
             unknown.append(prediction.question_id)
         else:

@@ -71,6 +71,8 @@ def report(run: Path, out: Path, *, compare: Path | None = None, sample: int = 2
     others = {r["task"]: r for r in _results(Path(compare))} if compare is not None else {}
     if compare is not None and not set(found) & set(others):
         raise ValueError(f"{run} ({', '.join(found)}) and {compare} ({', '.join(others)}) have no task in common")
+    if unknown := found.keys() - {*TASKS, "own"}:
+        raise ValueError(f"{run} holds results of tasks that are not known here: {', '.join(sorted(unknown))}")
     sections = [_section(found[t], others.get(t), sample) for t in (*TASKS, "own") if t in found]
     html = page.render(Path(run).name, sections, Path(compare).name if compare is not None else None)
     write_atomically(Path(out), html)

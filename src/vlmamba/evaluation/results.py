@@ -16,6 +16,11 @@ from vlmamba.evaluation.task import Joined, Options, Score, Task
 from vlmamba.evaluation.uncertainty import standard_error
 
 FORMAT = 1
+# What every result has, and a report needs.
+_FIELDS = (
+    *("format", "task", "title", "task_version", "metric", "headline", "paper", "run", "data", "software", "finished"),
+    *("coverage", "notes", "metrics", "answers"),
+)
 _DRAWN = "drawn.json"  # `vlmamba data scenes` leaves it in its sets
 
 
@@ -91,9 +96,12 @@ def load(path: Path) -> dict[str, Any]:
     path = path / "result.json" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"there is no result file {path}: `vlmamba eval` and `vlmamba score --json` write them")
-    result = dict(require(load_json(path), ["format", "task", "metrics", "answers"], str(path)))
+    result = dict(require(load_json(path), _FIELDS, str(path)))
     if result["format"] != FORMAT:
         raise ValueError(f"{path} has format {result['format']}, this version reads {FORMAT}")
+    require(result["data"], ["folder", "questions"], f"{path}, data")
+    for number, row in enumerate(result["answers"], 1):
+        require(row, ["id", "prompt", "text", "target", "skill"], f"{path}, answer {number}")
     return result
 
 

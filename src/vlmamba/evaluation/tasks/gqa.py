@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmamba.evaluation.files import find, image_root, load_json, require, require_table, write_json
+from vlmamba.evaluation.files import find, image_root, load_json, require, require_table, require_texts, write_json
 from vlmamba.evaluation.scoring.gqa import prediction as convert
 from vlmamba.evaluation.scoring.gqa import score_gqa
 from vlmamba.evaluation.task import SHORT_ANSWER, Example, Joined, Options, Outcome, Prediction, Score, Task
@@ -38,10 +38,16 @@ class GQA(Task):
     def examples(self, folder: Path, variant: str) -> list[Example]:
         path = self.annotation_file(folder)
         questions = require_table(load_json(path), str(path))
-        needed = ["question", "imageId", "answer", "isBalanced", "types", "semantic", "groups", "entailed"]
         for qid, item in questions.items():
-            require(item, needed, f"{path}, question {qid}")
-            require(item["types"], ["structural", "semantic", "detailed"], f"{path}, types of question {qid}")
+            where = f"{path}, question {qid}"
+            require_texts(item, ["question", "answer"], where)
+            require(item, ["imageId", "isBalanced", "types", "semantic", "groups", "entailed"], where)
+            require_texts(item["types"], ["structural", "semantic", "detailed"], f"{where}, types")
+            for step in item["semantic"]:
+                require(step, ["operation", "argument"], f"{where}, semantic")
+            group = require(item["groups"], ["global"], f"{where}, groups")["global"]
+            if not all(isinstance(text, str) for text in (group or "", *item["entailed"])):
+                raise ValueError(f"{where}: the global group and the entailed questions must be texts")
         first = f"{next(iter(questions.values()))['imageId']}.jpg"
         root = image_root(folder, ["images", "data/images", "."], first)
         return [
@@ -72,6 +78,10 @@ class GQA(Task):
         ]
         if lacking:
             raise ValueError(f"{choices_file} has no choices for {len(lacking)} questions, such as {lacking[0]}")
+        for qid, entry in (choices or {}).items():
+            for name in ("valid", "plausible"):
+                if not isinstance(require(entry, ["valid", "plausible"], f"{choices_file}, {qid}")[name], list):
+                    raise ValueError(f"{choices_file}, {qid}: expected a list as {name}, found {entry[name]!r}")
         # The tiers that come with choices are those whose entailed questions are in the file; the test-dev file
         # names questions that it does not hold.
         metrics = score_gqa(questions, answers, choices, consistency=choices is not None)

@@ -28,7 +28,7 @@ _REPLY_TOKENS = 8
 def _cells(path: Path) -> list[dict[str, str | None]]:
     limit = csv.field_size_limit(1 << 30)  # pictures are cells of this table
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is damaged: not a table of tab-separated values ({error})") from error
@@ -40,19 +40,22 @@ def _cells(path: Path) -> list[dict[str, str | None]]:
 def _index(row: Mapping[str, Any], where: str) -> int:
     try:
         return int(float(row["index"]))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{where}: the index must be a number, found {row['index']!r}") from None
+
+
+def _is_none(text: str | None) -> bool:
+    return text is None or text.lower() in ("nan", "none")
 
 
 def prompt_of(row: Mapping[str, Any]) -> str:
     """LLaVA's prompt: hint, question and options up to the first empty one."""
-    lines = [] if row.get("hint") is None else [row["hint"]]
+    lines = [] if _is_none(row.get("hint")) else [row["hint"]]
     lines.append(row["question"])
     for letter in "ABCD":
-        text = row.get(letter)
-        if text is None or text.lower() in ("nan", "none"):
+        if _is_none(row.get(letter)):
             break
-        lines.append(f"{letter}. {text}")
+        lines.append(f"{letter}. {row[letter]}")
     return "\n".join(lines) + OPTION_LETTER
 
 
@@ -86,6 +89,7 @@ class MMBench(Task):
         *("*mmbench*dev*.tsv", "*.tsv"),
     )
     title = "MMBench"
+    version = 2
     metric = "circular accuracy"
     paper = 57.0
     max_new_tokens = 1024
@@ -128,7 +132,8 @@ class MMBench(Task):
         )
 
     def leaves_out(self, prediction: Prediction) -> bool:
-        return bool(prediction.fields.get("round_id"))  # LLaVA's own rotations of one row are never submitted
+        # With --all-rounds LLaVA rotates each row's options as well: the letters of those rounds name other options.
+        return bool(prediction.fields.get("round_id"))
 
     def locate(self, prediction: Prediction, index: Mapping[Any, Example]) -> str | None:
         key = str(prediction.question_id).removesuffix(".0")
@@ -211,13 +216,12 @@ def _openpyxl(why: str) -> Any:
 def _read_xlsx(path: Path) -> list[dict[str, Any]]:
     openpyxl = _openpyxl(f"reading {path}")
     try:
-        sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).active
+        lines = list(openpyxl.load_workbook(path, read_only=True, data_only=True).active.iter_rows(values_only=True))
     except Exception as error:  # openpyxl raises whatever zipfile and its XML parser raise
         raise ValueError(f"{path} is damaged: no xlsx table ({error})") from error
-    lines = iter(sheet.iter_rows(values_only=True))
-    header = [str(name) for name in next(lines, ())]
+    header = [str(name) for name in lines[0]] if lines else []
     rows = []
-    for line in lines:
+    for line in lines[1:]:
         cells = {name: None if isinstance(v, str) and v in _EMPTY else v for name, v in zip(header, line)}
         if cells.get("index") is not None:
             rows.append(cells)

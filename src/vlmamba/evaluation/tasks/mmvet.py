@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlmamba.evaluation.files import image_root, load_json, require, require_table, write_json
+from vlmamba.evaluation.files import image_root, load_json, require_list, require_table, require_texts, write_json
 from vlmamba.evaluation.scoring.mmvet import grade, judge_prompt, score_mmvet
 from vlmamba.evaluation.task import Example, Joined, Options, Outcome, Prediction, Score, Task
 
@@ -47,7 +47,8 @@ class MMVet(Task):
         path = self.annotation_file(folder)
         table = require_table(load_json(path), str(path))
         for qid, item in table.items():
-            require(item, ["imagename", "question", "answer", "capability"], f"{path}, {qid}")
+            require_texts(item, ["imagename", "question", "answer"], f"{path}, {qid}")
+            require_list(item.get("capability"), f"{path}, {qid}, capability")
         first = next(iter(table.values()))["imagename"]
         root = image_root(path.parent, ["images", "."], first)
         return [

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vlmamba.evaluation.files import find, load_json, require, require_table
+from vlmamba.evaluation.files import find, load_json, require, require_table, require_texts
 from vlmamba.evaluation.scoring.scienceqa import OPTIONS, score_scienceqa
 from vlmamba.evaluation.task import OPTION_LETTER, Example, Joined, Options, Outcome, Prediction, Score, Task
 
@@ -42,8 +42,8 @@ class ScienceQA(Task):
         for pid in ids:
             if pid not in problems:
                 raise ValueError(f"{path} has no problem {pid!r}, which {splits_path.name} puts in the test split")
-            needed = ["question", "choices", "answer", "hint", "image", "grade", "subject", "topic"]
-            problem = require(problems[pid], needed, f"{path}, problem {pid}")
+            problem = require(problems[pid], ["choices", "answer", "hint", "image"], f"{path}, problem {pid}")
+            require_texts(problem, ["question", "grade", "subject", "topic"], f"{path}, problem {pid}")
             if not isinstance(problem["choices"], list) or not problem["choices"]:
                 raise ValueError(f"{path}, problem {pid}: expected a list of choices, found {problem['choices']!r}")
             examples.append(self._example(pid, problem, folder))
@@ -74,7 +74,7 @@ class ScienceQA(Task):
             return None
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             return None  # JSON lines under another name
         if not isinstance(value, dict) or "outputs" in value or not isinstance(value.get("results"), dict):
             return None

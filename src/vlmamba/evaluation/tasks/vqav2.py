@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vlmamba.evaluation.files import find, image_root, load_json, require, require_list, write_json
+from vlmamba.evaluation.files import find, image_root, load_json, require, require_list, require_texts, write_json
 from vlmamba.evaluation.scoring.vqa import normalize_m4c, score_vqav2, vqa_accuracy
 from vlmamba.evaluation.task import SHORT_ANSWER, Example, Joined, Options, Outcome, Score, Task
 
@@ -60,9 +60,10 @@ class VQAv2(Task):
         if annotations_file is not None:
             top = require(load_json(annotations_file), ["annotations"], str(annotations_file))
             for item in require_list(top["annotations"], f"{annotations_file}, annotations"):
-                require(item, ["question_id", "question_type", "answer_type", "answers"], str(annotations_file))
-                if not (isinstance(item["question_type"], str) and isinstance(item["answer_type"], str)):
-                    raise ValueError(f"{annotations_file}: question {item['question_id']} has a type that is no text")
+                require(item, ["question_id", "answers"], str(annotations_file))
+                where = f"{annotations_file}, question {item['question_id']}"
+                require_texts(item, ["question_type", "answer_type"], where)
+                require_list(item["answers"], f"{where}, answers")
                 truths[item["question_id"]] = item
         top = require(load_json(questions_file), ["questions"], str(questions_file))
         questions = require_list(top["questions"], f"{questions_file}, questions")
