@@ -141,6 +141,27 @@ def test_packed_sequences_equal_separate_ones(model):
         assert_close(together[name], p.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mask", [[1, 1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 1, 1, 1]])
+def test_padding_has_no_part_in_the_loss(model, mask):
+    """Wherever it stands, and whatever its labels are."""
+    model.train()
+    row, mask = tokens(1, 5), torch.tensor([mask])
+    padded = tokens(1, 8, seed=1).masked_scatter(mask == 1, row)
+    alone, loss = model(row, labels=row).loss, model(padded, attention_mask=mask, labels=padded).loss
+    assert_close(loss, alone, rtol=1e-6, atol=1e-6)
+    for mine, theirs in zip(*(torch.autograd.grad(of, list(model.parameters())) for of in (loss, alone)), strict=True):
+        assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_state_is_not_computed_again(model):
+    model.train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        model(tokens(1, 4), labels=tokens(1, 4), use_cache=True)
+    model.eval()
+    model(tokens(1, 4), use_cache=True)
+
+
 def test_checkpointing_changes_nothing(model):
     model.train()
     ids = tokens(2, 12)

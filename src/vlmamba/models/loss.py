@@ -24,8 +24,9 @@ def next_token_loss(
 ) -> Tensor:
     """Mean over the supervised positions of -log p(label), float32 scalar.
 
-    Position t predicts the label at t + 1, never across a boundary of `seq_idx_BL`. Only positions with a label are
-    projected to the vocabulary, in chunks whose logits are recomputed in the backward pass.
+    Position t predicts the label at t + 1, never across a boundary of `seq_idx_BL`, nor where that is negative (padding).
+    Only positions with a label are projected to the vocabulary, in chunks whose logits are recomputed in the backward
+    pass.
 
     Args:
         num_items: divides the sum instead of the number of labels here, so that accumulated or distributed batches
@@ -40,7 +41,7 @@ def next_token_loss(
     targets = F.pad(labels_BL[:, 1:], (0, 1), value=-100)
     if seq_idx_BL is not None:
         crosses = F.pad(seq_idx_BL[:, 1:] != seq_idx_BL[:, :-1], (0, 1), value=True)
-        targets = targets.masked_fill(crosses, -100)
+        targets = targets.masked_fill(crosses | (seq_idx_BL < 0), -100)
     chosen = (targets != -100).flatten()
     if num_labels is None:
         places_T = chosen.nonzero()[:, 0]

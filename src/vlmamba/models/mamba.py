@@ -302,6 +302,11 @@ class VLMambaBackbone(VLMambaPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if use_cache and cache_params is None:
             cache_params = MambaState.empty(len(self.layers))
+        if cache_params is not None and self.training and torch.is_grad_enabled() and self.is_gradient_checkpointing:
+            raise ValueError(
+                "a state (cache_params, use_cache=True) and gradient checkpointing do not go together in training: what "
+                "is computed again would begin from the state's end; turn one of them off"
+            )
         if cache_params is not None and cache_params.slots not in (None, hidden.shape[0]):
             raise ValueError(f"the state holds {cache_params.slots} sequences, the input {hidden.shape[0]}")
         if output_hidden_states is None:
@@ -441,9 +446,11 @@ class VLMambaForCausalLM(VLMambaPreTrainedModel, RecurrentGenerationMixin):
             )
             if prompt is not None:
                 return MambaOutput(logits=_without_padding(prompt[0], num_tokens), cache_params=prompt[1])
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        padding = None if tokens is None else Compaction.of(attention_mask, seq_idx, tokens.shape[:2])
         output = self.backbone(
             input_ids,
-            attention_mask,
+            padding,
             inputs_embeds,
             cache_params,
             use_cache,
@@ -452,8 +459,11 @@ class VLMambaForCausalLM(VLMambaPreTrainedModel, RecurrentGenerationMixin):
         )
         hidden = output.last_hidden_state
         if labels is not None:
+            front = hidden
+            if padding is not None:  # the first token after padding is told from the last before it, or from nothing
+                front, labels, seq_idx = padding.to_front(hidden), padding.to_front(labels), padding.seq_idx
             output.loss = next_token_loss(
-                self.lm_head, hidden, labels, seq_idx, num_items_in_batch, num_tokens, num_labels
+                self.lm_head, front, labels, seq_idx, num_items_in_batch, num_tokens, num_labels
             )
             if self.training:
                 return output

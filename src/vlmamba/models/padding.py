@@ -44,8 +44,11 @@ class Compaction:
         sequence = sequence.masked_fill(~valid, -1)
         return cls(order, sequence if order is None else sequence.gather(1, order))
 
-    def to_front(self, x_BLd: Tensor) -> Tensor:
-        return x_BLd if self.order is None else x_BLd.gather(1, self.order[..., None].expand_as(x_BLd))
+    def to_front(self, x: Tensor) -> Tensor:
+        """Of (B, L, d) or (B, L)."""
+        if self.order is None:
+            return x
+        return x.gather(1, self.order if x.ndim == 2 else self.order[..., None].expand_as(x))
 
     def restore(self, x_BLd: Tensor) -> Tensor:
         if self.order is None:
