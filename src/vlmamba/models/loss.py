@@ -24,7 +24,7 @@ def next_token_loss(
 ) -> Tensor:
     """Mean over the supervised positions of -log p(label), float32 scalar.
 
-    Position t predicts the label at t + 1, never across a boundary of `seq_idx_BL`, nor where that is negative (padding).
+    Position t predicts the label at t + 1, never across a boundary of `seq_idx_BL`, nor in padding (below 0).
     Only positions with a label are projected to the vocabulary, in chunks whose logits are recomputed in the backward
     pass.
 

@@ -304,8 +304,8 @@ class VLMambaBackbone(VLMambaPreTrainedModel):
             cache_params = MambaState.empty(len(self.layers))
         if cache_params is not None and self.training and torch.is_grad_enabled() and self.is_gradient_checkpointing:
             raise ValueError(
-                "a state (cache_params, use_cache=True) and gradient checkpointing do not go together in training: what "
-                "is computed again would begin from the state's end; turn one of them off"
+                "a state (cache_params, use_cache=True) and gradient checkpointing do not go together in training: "
+                "what is computed again would begin from the state's end; turn one of them off"
             )
         if cache_params is not None and cache_params.slots not in (None, hidden.shape[0]):
             raise ValueError(f"the state holds {cache_params.slots} sequences, the input {hidden.shape[0]}")
