@@ -65,6 +65,15 @@ def test_textvqa_counts_lines(tmp_path: Path) -> None:
     assert result["coverage"] == {"questions": 400, "answered": 10, "missing": 390, "duplicates": 1, "unknown": 0}
 
 
+def test_textvqa_the_last_of_two_same_questions_answers_for_both(tmp_path: Path) -> None:
+    about = {"image_id": "a", "question": "What is it?"}
+    items = [{**about, "question_id": i, "answers": [truth] * 10} for i, truth in enumerate(("cat", "dog"))]
+    put_json(tmp_path / "TextVQA_0.5.1_val.json", {"data": items})
+    own = [{"task": "textvqa", "id": str(i), "question_id": "a", "text": text} for i, text in enumerate(("cat", "dog"))]
+    result = score("textvqa", tmp_path, put_lines(tmp_path / "a.jsonl", own))
+    assert (result["headline"], result["coverage"]["answered"]) == (50.0, 2)  # as LLaVA's script scores that file
+
+
 @pytest.mark.parametrize("choices", [False, True])
 def test_gqa(tmp_path: Path, choices: bool) -> None:
     inputs, expected = golden("gqa")
@@ -148,13 +157,11 @@ def test_mmbench(tmp_path: Path, rule: str, key: str) -> None:
 def test_mmbench_table_written_and_read(tmp_path: Path) -> None:
     openpyxl = pytest.importorskip("openpyxl")
     data = WRITERS["mmbench"](tmp_path / "data")
-    rows = [row for row in llava_answers("mmbench") if row["text"]]  # an empty cell is the word "nan" to the tool
+    rows = [row for row in llava_answers("mmbench") if row["text"] is not None]
     answers = put_lines(tmp_path / "answers.jsonl", rows)
     first = score("mmbench", data, answers, submissions=tmp_path / "out")
     again = score("mmbench", data, tmp_path / "out" / "mmbench_submission.xlsx")
-    same = [row["question_id"] for row in rows]
-    for index in map(str, same):
-        assert again["metrics"]["inferred"][index] == first["metrics"]["inferred"][index]
+    assert again["metrics"] == first["metrics"]
     sheet = openpyxl.load_workbook(tmp_path / "out" / "mmbench_submission.xlsx").active
     header = [cell.value for cell in sheet[1]]
     assert header == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
@@ -464,6 +471,20 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert len(printed) < 60  # numbers, not what stands per question
     assert "answered: 367 of 378 questions" in printed
     assert "note: of the answers there are 11 missing, 1 duplicates, 1 unknown" in printed
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_mmbench_takes_nothing_said_for_the_word_nan(missing: bool, tmp_path: Path) -> None:
+    """An empty cell of the table that LLaVA submits is not-a-number, whose name holds the option's "n"."""
+    cells = [
+        ["index", "question", "A", "B", "answer", "image", "category"],
+        ["1", "Which letter?", "s", "n", "B", "", "c"],
+    ]
+    cells += [["2", "Which letter?", "s", "n", "A", "", "c"]]
+    (tmp_path / "mmbench.tsv").write_text("".join("\t".join(row) + "\n" for row in cells), encoding="utf-8")
+    lines = [{"question_id": 2, "text": "A"}, {"question_id": 1, "text": ""}]
+    result = score("mmbench", tmp_path, put_lines(tmp_path / "a.jsonl", lines[: 1 if missing else 2]))
+    assert result["metrics"]["inferred"] == {"1": "B", "2": "A"}
 
 
 def test_mmbench_reads_its_table_as_pandas_and_llava_do(tmp_path: Path) -> None:

@@ -157,13 +157,14 @@ class MMBench(Task):
 
     @staticmethod
     def _text(prediction: Prediction) -> str:
-        # `null` in somebody's JSON is a missing value, and the official tool matches the word it prints for it.
+        # `null` in somebody's JSON is a missing value, and the official tool matches the word it prints for it. So it
+        # does with nothing said, which is an empty cell in the table that LLaVA submits.
         said = [prediction.fields[name] for name in ("text", "prediction") if name in prediction.fields]
-        return "None" if said and said[0] is None else prediction.text
+        return "None" if said and said[0] is None else prediction.text or "nan"
 
     def _rows(self, joined: Joined) -> list[dict[str, Any]]:
-        answers = joined.last
-        return [{**e.data, "prediction": self._text(answers[e.id]) if e.id in answers else ""} for e in joined.examples]
+        said = {qid: self._text(prediction) for qid, prediction in joined.last.items()}
+        return [{**e.data, "prediction": said.get(e.id, "nan")} for e in joined.examples]
 
     def judge_prompts(self, joined: Joined, options: Options) -> tuple[list[str], int]:
         none = _none_of(options)

@@ -42,6 +42,7 @@ class TextVQA(Task):
     folders = ("textvqa", "TextVQA")
     files = ("TextVQA_0.5.1_val.json", "TextVQA*_val.json")
     title = "TextVQA"
+    version = 2
     metric = "accuracy"
     paper = 48.9
     variants = ("ocr-after", "ocr-before", "no-ocr")
@@ -112,8 +113,11 @@ class TextVQA(Task):
     def index(self, examples: Sequence[Example]) -> Mapping[Any, Example]:
         table: dict[Any, Example] = {example.id: example for example in examples}
         # Two annotations with the same picture and question: the last one answers for both, as in LLaVA's script.
-        table |= {(e.data["image_id"], e.data["question"].lower()): e for e in examples}
-        return table
+        return table | {self._key(e): e for e in examples}
+
+    @staticmethod
+    def _key(example: Example) -> tuple[Any, str]:
+        return example.data["image_id"], example.data["question"].lower()
 
     def locate(self, prediction: Prediction, index: Mapping[Any, Example]) -> str | None:
         if prediction.prompt is not None:
@@ -123,7 +127,8 @@ class TextVQA(Task):
         return super().locate(prediction, index)
 
     def score(self, joined: Joined, folder: Path, options: Options) -> Score:
-        report = score_textvqa([(p.text, e.data["answers"]) for e, p in joined.pairs])
+        truths = {self._key(e): e.data["answers"] for e in joined.examples}
+        report = score_textvqa([(p.text, truths[self._key(e)]) for e, p in joined.pairs])
         outcomes = {
             e.id: Outcome(value, normalize_m4c(p.text)) for (e, p), value in zip(joined.pairs, report.pop("perLine"))
         }
