@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ from vlmamba.data.scenes.sprites import available_things
 from vlmamba.evaluation import TASKS, weights_hash
 from vlmamba.evaluation.files import dump_json, write_atomically
 from vlmamba.training import launch
-from vlmamba.training.config import to_mapping
 from vlmamba.training.metrics import read_metrics
 from vlmamba.training.stages import find_pipeline, learn_tokenizer, read_pipeline
 
@@ -120,7 +120,7 @@ def run(study: Study, task: str) -> None:
     result = {
         "variant": name,
         "seed": seed,
-        "scale": to_mapping(study.scale),
+        "scale": asdict(study.scale),
         "data": order_of(samples),
         "recipe": recipe_hash(study),
         "stage0": {part: weights_hash(study.stage0(part)) for part in parts},
@@ -142,8 +142,8 @@ def run(study: Study, task: str) -> None:
 def recipe_hash(study: Study) -> str:
     """Of what all runs have in common: the baseline's recipes, without places and processes."""
     stages = (make(study, BY_NAME["baseline"], 0) for make in (align_recipe, instruct_recipe))
-    kept = [(to_mapping(s.stage), to_mapping(s.optim), [to_mapping(source) for source in s.data]) for s in stages]
-    return hashlib.sha256(json.dumps([kept, to_mapping(study.scale)], sort_keys=True).encode()).hexdigest()[:16]
+    kept = [(asdict(s.stage), asdict(s.optim), [asdict(source) for source in s.data]) for s in stages]
+    return hashlib.sha256(json.dumps([kept, asdict(study.scale)], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def results(study: Study) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ from vlmamba.models.config import VLMambaConfig
 from vlmamba.models.connector import Connector
 from vlmamba.models.processor import VLMambaProcessor
 from vlmamba.training.build import build
-from vlmamba.training.config import to_mapping
 from vlmamba.training.launch import make_feed
 from vlmamba.training.parallel import World
 
@@ -95,7 +94,7 @@ def result(variant: str, seed: int, skills: float, data: str = "d") -> dict[str,
     return {
         "variant": variant,
         "seed": seed,
-        "scale": to_mapping(TOY),
+        "scale": asdict(TOY),
         "recipe": "r",
         "data": data,
         "stage0": {"patches": "a", "language": "b"},

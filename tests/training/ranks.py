@@ -11,11 +11,11 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmamba.training.config import RunConfig, from_mapping, to_mapping
+from vlmamba.training.config import RunConfig, from_mapping
 
 
 @dataclass
@@ -39,7 +39,7 @@ def start(jobs: list[Job], folder: Path, size: int = 1) -> list[subprocess.Popen
     import torch.distributed as dist
 
     file = folder / "jobs.json"
-    file.write_text(json.dumps([vars(job) | {"config": to_mapping(job.config)} for job in jobs]))
+    file.write_text(json.dumps([vars(job) | {"config": asdict(job.config)} for job in jobs]))
     # The store takes a free port by itself, as torchrun's does, and the processes join it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {

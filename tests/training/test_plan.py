@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
 import yaml
 
 from vlmamba.cli import main
 from vlmamba.training import build
-from vlmamba.training.config import ConfigError, to_mapping
+from vlmamba.training.config import ConfigError
 from vlmamba.training.estimate import _Memory, estimate
 from vlmamba.training.launch import make_feed, make_step
 from vlmamba.training.outline import outline
@@ -95,7 +97,7 @@ def test_one_batch_is_learned_by_heart(recipe) -> None:
 
 def test_from_the_command_line(recipe, tmp_path, capsys) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump(to_mapping(recipe())))
+    file.write_text(yaml.safe_dump(asdict(recipe())))
     assert main(["train", str(file), "--dry-run"]) == 0
     assert "at the peak" in capsys.readouterr().out
     assert main(["train", str(file), "optim.max_steps=3", "--overfit-one-batch"]) == 0
@@ -114,7 +116,7 @@ def test_from_the_command_line(recipe, tmp_path, capsys) -> None:
 )
 def test_the_recipe_may_be_an_option(recipe, tmp_path, capsys, words) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump(to_mapping(recipe())))
+    file.write_text(yaml.safe_dump(asdict(recipe())))
     assert main(["train", *(word.format(file) for word in words)]) == 0
     said = capsys.readouterr().out
     assert "at the peak" in said
@@ -126,7 +128,7 @@ def test_the_recipe_may_be_an_option(recipe, tmp_path, capsys, words) -> None:
 def test_data_that_are_not_there(recipe, tmp_path, capsys, missing) -> None:
     """The plan is made all the same; the error is the run's."""
     file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump(to_mapping(recipe())))
+    file.write_text(yaml.safe_dump(asdict(recipe())))
     assert main(["train", str(file), missing, "--dry-run"]) == 2
     planned = capsys.readouterr()
     assert "at the peak" in planned.out

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from vlmamba.training.config import ConfigError, find_recipe, from_mapping, load_config, to_mapping
+from vlmamba.training.config import ConfigError, find_recipe, from_mapping, load_config
 
 RECIPE = """
 output: out
@@ -46,7 +47,7 @@ def test_values_and_overrides(recipe: Path) -> None:
 
 def test_round_trip(recipe: Path) -> None:
     config = load_config(recipe)
-    assert from_mapping(type(config), to_mapping(config)) == config
+    assert from_mapping(type(config), asdict(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,13 @@ def test_round_trip(recipe: Path) -> None:
         ("model.path=there", "path names a whole model, with its own language, tokenizer; leave path or these out"),
         ("model.language=null", "name a path"),
         ("optim.warmup=1", "optim.warmup"),
+        ("optim.grad_clip=-1", "optim.grad_clip: is -1.0; it must be 0 (no clipping) or more"),
+        ("optim.grad_clip=.nan", "optim.grad_clip: is nan"),
+        ("optim.time_budget=0", "optim.time_budget: is 0.0; it must be positive"),
+        ("optim.epochs=.inf", "optim.epochs: is inf"),
+        ("optim.beta1=1.5", "optim.beta1: is 1.5; it must be from 0 to below 1"),
+        ("optim.eps=-1", "optim.eps: is -1.0"),
+        ("optim.final_lr=-3", "optim.final_lr: is -3.0"),
         ("output.x=1", "output is a value"),
     ],
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 from torch import nn
 
-from vlmamba.training.config import RunConfig, to_mapping
+from vlmamba.training.config import RunConfig
 from vlmamba.training.contrastive import ContrastivePairs
 from vlmamba.training.patches import PatchReader
 
@@ -47,7 +48,7 @@ def write_card(folder: Path, model: nn.Module, config: RunConfig, seconds: float
     kind, tag, use = _kind(model)
     parameters = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("heads."))
     end = "" if loss is None else f", final training loss {loss:.3f}"
-    recipe = yaml.safe_dump(to_mapping(config), sort_keys=False)
+    recipe = yaml.safe_dump(asdict(config), sort_keys=False)
     (folder / "README.md").write_text(
         "---\nlibrary_name: vlmamba\n"
         + f"pipeline_tag: {tag}\n---\n\n# {kind}, {parameters / 1e6:.1f}M parameters\n\n"

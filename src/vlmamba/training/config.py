@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -208,7 +209,7 @@ def require(condition: bool, message: str) -> None:
 
 def _check_run(config: RunConfig) -> None:
     """Rules that concern several fields at once."""
-    optim, model = config.optim, config.model
+    model = config.model
     for part in PARTS:
         of = getattr(config.stage, part)
         require(of.lr >= 0, f"stage.{part}.lr: is {of.lr:g}; it must be 0 (frozen) or more")
@@ -222,29 +223,7 @@ def _check_run(config: RunConfig) -> None:
             f"data.{i}.size: scenes are endless; say how many samples make an epoch, e.g. size: 100000",
         )
         require(source.llava is None or bool(source.llava.file), f"data.{i}.llava.file: is missing")
-    require(optim.global_batch >= 1, f"optim.global_batch: is {optim.global_batch}; it must be at least 1")
-    require(
-        optim.micro_batch >= 1 and optim.global_batch % optim.micro_batch == 0,
-        f"optim.micro_batch: {optim.micro_batch} does not divide optim.global_batch {optim.global_batch}",
-    )
-    require(
-        optim.spike == 0 or optim.spike > 1, f"optim.spike: is {optim.spike}; it is a factor above 1, or 0 for none"
-    )
-    require(optim.max_length >= 2, f"optim.max_length: is {optim.max_length}; it must be at least 2")
-    require(
-        optim.pack_into is None or (optim.pack and optim.pack_into >= optim.max_length),
-        f"optim.pack_into: is {optim.pack_into}; it needs pack: true, and at least max_length ({optim.max_length})",
-    )
-    require(
-        0 <= optim.checkpoint_activations <= 1,
-        f"optim.checkpoint_activations: is {optim.checkpoint_activations}; it is true, false or a share of the blocks",
-    )
-    if optim.capture:
-        _check_capture(optim)
-    steps = optim.max_steps
-    require(steps is None or steps > 0, f"optim.max_steps: is {steps}; it must be positive")
-    require(optim.epochs > 0, f"optim.epochs: is {optim.epochs}; it must be positive")
-    require(0 <= optim.warmup < 1, f"optim.warmup: is {optim.warmup}; it is a share of the run, from 0 to below 1")
+    _check_optim(config.optim)
     require(min(config.checkpoint.every, config.checkpoint.keep) >= 1, "checkpoint: every and keep must be at least 1")
     require(config.logging.every >= 1, f"logging.every: is {config.logging.every}; it must be at least 1")
     require(config.workers >= 0, f"workers: is {config.workers}; it must be 0 or more")
@@ -266,6 +245,35 @@ def _check_run(config: RunConfig) -> None:
         any(getattr(config.stage, part).lr > 0 for part in PARTS),
         "stage: nothing is trained; give vision, connector or language a learning rate (lr)",
     )
+
+
+def _check_optim(optim: OptimConfig) -> None:
+    """No comparison holds of nan, so that it is refused too."""
+    require(optim.global_batch >= 1, f"optim.global_batch: is {optim.global_batch}; it must be at least 1")
+    require(
+        optim.micro_batch >= 1 and optim.global_batch % optim.micro_batch == 0,
+        f"optim.micro_batch: {optim.micro_batch} does not divide optim.global_batch {optim.global_batch}",
+    )
+    require(optim.spike == 0 or optim.spike > 1, f"optim.spike: is {optim.spike}; it is a factor above 1, or 0")
+    require(optim.max_length >= 2, f"optim.max_length: is {optim.max_length}; it must be at least 2")
+    require(
+        optim.pack_into is None or (optim.pack and optim.pack_into >= optim.max_length),
+        f"optim.pack_into: is {optim.pack_into}; it needs pack: true, and at least max_length ({optim.max_length})",
+    )
+    require(
+        0 <= optim.checkpoint_activations <= 1,
+        f"optim.checkpoint_activations: is {optim.checkpoint_activations}; it is true, false or a share of the blocks",
+    )
+    if optim.capture:
+        _check_capture(optim)
+    for name in ("epochs", "max_steps", "time_budget", "eps"):
+        value = getattr(optim, name)
+        require(value is None or 0 < value < math.inf, f"optim.{name}: is {value}; it must be positive")
+    for name in ("warmup", "beta1", "beta2"):
+        value = getattr(optim, name)
+        require(0 <= value < 1, f"optim.{name}: is {value}; it must be from 0 to below 1")
+    require(optim.grad_clip >= 0, f"optim.grad_clip: is {optim.grad_clip}; it must be 0 (no clipping) or more")
+    require(0 <= optim.final_lr <= 1, f"optim.final_lr: is {optim.final_lr}; it is a share of the peak, from 0 to 1")
 
 
 def _check_capture(optim: OptimConfig) -> None:
@@ -377,11 +385,6 @@ def from_mapping(kind: type[T], raw: dict[str, Any], where: str = "configuration
         raise ConfigError(f"{where}: {error}") from None
     except ArgumentError as error:
         raise ConfigError(f"{where}: {_cause(str(error))}") from None
-
-
-def to_mapping(config: Any) -> dict[str, Any]:
-    """The plain values of a configuration, for YAML."""
-    return dataclasses.asdict(config)
 
 
 def recipes_folder() -> Path:

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from vlmamba.data.packing import PackedOrder
 from vlmamba.models.processor import VLMambaProcessor
 from vlmamba.training import build
 from vlmamba.training.card import write_card
-from vlmamba.training.config import PARTS, ConfigError, RunConfig, to_mapping
+from vlmamba.training.config import PARTS, ConfigError, RunConfig
 from vlmamba.training.curve import draw_curves, write_page
 from vlmamba.training.lora import add_adapters, merged, save_adapters
 from vlmamba.training.metrics import Logger, read_metrics
@@ -237,7 +238,7 @@ def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _claim(folder: Path, config: RunConfig) -> None:
     """Makes the run's folder, or checks that the one there belongs to the same recipe."""
-    asked = {key: value for key, value in to_mapping(config).items() if key not in _FREE}
+    asked = {key: value for key, value in asdict(config).items() if key not in _FREE}
     file = folder / "config.yaml"
     if file.is_file():
         stored = yaml.safe_load(file.read_text())
@@ -251,7 +252,7 @@ def _claim(folder: Path, config: RunConfig) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder}: is not empty and holds no run (no config.yaml); name another output folder")
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False))
+    file.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
     (folder / "versions.json").write_text(json.dumps(versions(), indent=1))
 
 
