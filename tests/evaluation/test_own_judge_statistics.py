@@ -29,7 +29,10 @@ from vlmamba.evaluation.statistics import bootstrap, interval, mcnemar, wilson
         ("vqa", "two", ["2", "3", "pair"], 1.0),  # too few to leave one out
         ("anls", "invoice 123", ["Invoice 124"], 10 / 11),
         ("anls", "abcd", ["wxyz"], 0.0),
-        ("anls", "ab", ["ax"], 0.0),  # half of it wrong: nothing
+        ("anls", "ab", ["ax"], 0.5),
+        ("anls", "abc", ["axy"], 0.0),  # more than half of it wrong: nothing
+        ("anls", "Yes.", ["yes"], 0.75),  # a period counts
+        ("anls", "a   b", ["A c"], 0.8),  # blanks make no distance, but length
         ("choice", "B", ["B"], 1.0),
         ("choice", "The answer is b.", ["a dog"], 1.0),  # by text and by sentence
         ("choice", "a dog", ["(B)"], 1.0),

@@ -101,10 +101,12 @@ class Judge:
         raise ValueError(f"the judge {self.model} at {address} did not answer in {self.tries} tries: {reason}")
 
     def estimate(self, prompts: Sequence[str], max_tokens: int) -> str:
-        """What asking all of these once would take, in words: calls, tokens and, with a price, dollars at most."""
+        """What asking all of these once would take, in words: calls, tokens and, with a price, dollars."""
         tokens_in = sum(len(prompt) for prompt in prompts) // _LETTERS_PER_TOKEN
         tokens_out = max_tokens * len(prompts)
-        text = f"{len(prompts)} calls to {self.model}, about {tokens_in:,} tokens in and at most {tokens_out:,} out"
+        text = (
+            f"up to {len(prompts)} calls to {self.model}, about {tokens_in:,} tokens in and at most {tokens_out:,} out"
+        )
         if self.price is not None:
             text += f", about ${(tokens_in * self.price[0] + tokens_out * self.price[1]) / 1e6:.2f}"
         return text + " (repeats and cached replies not counted)"

@@ -165,7 +165,7 @@ class Task(ABC):
         return example.prompt
 
     def judge_prompts(self, joined: Joined, options: Options) -> tuple[list[str], int]:
-        """What a judge would be asked at least once, and the most tokens of a reply: for an estimate of the cost."""
+        """What a judge may be asked, repeats left out, and the most tokens of a reply: for an estimate of the cost."""
         return [], 0
 
     def answers_in(self, path: Path) -> list[Prediction] | None:

@@ -104,7 +104,8 @@ def _percent(scores: Sequence[float]) -> float:
 
 def score_vqav2(annotations: Sequence[Mapping[str, Any]], answers: Mapping[int, str]) -> dict[str, Any]:
     """The VQA evaluator's report: `overall`, `perQuestionType`, `perAnswerType` and `perQuestion`, in per cent with two
-    decimals. A question without an answer counts as answered by nothing."""
+    decimals; and `accuracies` in [0, 1] of the questions in their order. A question without an answer counts as
+    answered by nothing."""
     scores: list[float] = []
     by_question: dict[str, list[float]] = {}
     by_answer: dict[str, list[float]] = {}
@@ -120,6 +121,7 @@ def score_vqav2(annotations: Sequence[Mapping[str, Any]], answers: Mapping[int, 
         "perQuestionType": {name: _percent(values) for name, values in by_question.items()},
         "perAnswerType": {name: _percent(values) for name, values in by_answer.items()},
         "perQuestion": per_question,
+        "accuracies": scores,
     }
 
 

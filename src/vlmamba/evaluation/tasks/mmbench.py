@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmamba.evaluation.files import require
-from vlmamba.evaluation.scoring.mmbench import COPY_STRIDE, infer_option, options_of, score_mmbench
+from vlmamba.evaluation.scoring.mmbench import infer_option, options_of, score_mmbench
 from vlmamba.evaluation.task import OPTION_LETTER, Example, Joined, Options, Outcome, Prediction, Score, Task
 
 _COLUMNS = ["index", "question", "A", "B", "answer", "image"]
@@ -168,6 +168,7 @@ class MMBench(Task):
 
     def judge_prompts(self, joined: Joined, options: Options) -> tuple[list[str], int]:
         none = _none_of(options)
+        # At most these: a wrong copy ends its group before the others are asked.
         return [
             judge_prompt(row, row["prediction"], none)
             for row in self._rows(joined)
@@ -185,15 +186,9 @@ class MMBench(Task):
 
         metrics = score_mmbench(self._rows(joined), options.rule, ask if judge else None)
         metrics["rule"] = options.rule
-        targets = {example.id: example.target for example in joined.examples}
-        # A question counts by its group; its copies have outcomes of their own, by rule, for the reader.
+        # A question counts by its group; its copies have no outcomes of their own.
         outcomes = {
-            qid: Outcome(
-                float(metrics["hit"][qid]) if qid in metrics["hit"] else float(letter == targets[qid]),
-                letter or "undecided",
-            )
-            for qid, letter in metrics["inferred"].items()
-            if int(qid) < COPY_STRIDE
+            qid: Outcome(float(hit), metrics["inferred"][qid] or "undecided") for qid, hit in metrics["hit"].items()
         }
         notes = [f"rule version {options.rule}"]
         if metrics["undecided"]:

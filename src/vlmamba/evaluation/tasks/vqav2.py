@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmamba.evaluation.files import find, image_root, load_json, require, require_list, require_texts, write_json
-from vlmamba.evaluation.scoring.vqa import normalize_m4c, score_vqav2, vqa_accuracy
+from vlmamba.evaluation.scoring.vqa import normalize_m4c, score_vqav2
 from vlmamba.evaluation.task import SHORT_ANSWER, Example, Joined, Options, Outcome, Score, Task
 
 
@@ -105,15 +105,14 @@ class VQAv2(Task):
             "official_on_raw_results": score_vqav2(annotations, as_is),
             "official_on_llava_submission": score_vqav2(annotations, submitted),
         }
+        accuracies = {name: report.pop("accuracies") for name, report in reports.items()}
         # A file in the challenge's own format is scored as it stands; an answer file as LLaVA would submit it.
         verbatim = all(p.verbatim for p in joined.last.values())
         chosen, final = ("raw_results", as_is) if verbatim else ("llava_submission", submitted)
         report = reports[f"official_on_{chosen}"]
         outcomes = {
-            e.id: Outcome(
-                vqa_accuracy(final.get(e.question_id, ""), e.data["truth"]["answers"]), final.get(e.question_id, "")
-            )
-            for e in joined.examples
+            e.id: Outcome(accuracy, final.get(e.question_id, ""))
+            for e, accuracy in zip(joined.examples, accuracies[f"official_on_{chosen}"])
         }
         metrics = {**{k: v for k, v in report.items() if k != "perQuestion"}, "scored": f"official_on_{chosen}"}
         return Score(report["overall"], {**metrics, **reports}, outcomes)
