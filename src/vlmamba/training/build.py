@@ -137,11 +137,11 @@ def _tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
     if named is None:
         raise ConfigError("model.tokenizer: a language model from scratch needs one; name a folder or a Hub id")
     try:
-        return AutoTokenizer.from_pretrained(named)
+        return AutoTokenizer.from_pretrained(named, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         if config.tokenizer is not None:
             raise ValueError(f"model.tokenizer: {named} holds no tokenizer ({error})") from None
-        return AutoTokenizer.from_pretrained(GPT_NEOX)  # state-spaces/mamba-* come without their tokenizer
+        return AutoTokenizer.from_pretrained(GPT_NEOX, trust_remote_code=False)  # state-spaces' come without their own
 
 
 def _language(source: str | Mapping[str, Any] | None, tokenizer: PreTrainedTokenizerFast) -> VLMambaForCausalLM:
@@ -162,7 +162,14 @@ def _vision(config: ModelConfig) -> tuple[VisionTower, Any]:
     if isinstance(source, str):
         if _is_vlmamba(source):
             whole = VLMambaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
-            return whole.vision_tower, VLMambaProcessor.from_pretrained(source).image_processor
+            tower, of = whole.vision_tower, whole.config
+            if (tower.layer, tower.cls) != (layer % (tower.config.num_hidden_layers + 1), cls):
+                raise ConfigError(
+                    f"model.vision: {source} gives out layer {of.vision_layer} with vision_cls {of.vision_cls}, this "
+                    f"recipe asks for {layer} and {cls}; write model.vision_layer: {of.vision_layer} and "
+                    f"model.vision_cls: {str(of.vision_cls).lower()}"
+                )
+            return tower, VLMambaProcessor.from_pretrained(source).image_processor
         tower = load_vision(source, layer, cls)
         return tower, load_image_processor(source, tower.config)
     fresh = _configure(SiglipVisionConfig, dict(source or {}), "model.vision")

@@ -147,7 +147,7 @@ def _vision(source: Any, earlier: Mapping[str, RunConfig]) -> Any:
 
 def _from_hub(source: str, part: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"model.{part}: the sizes of {source} are not known here ({reason})") from None
@@ -156,4 +156,4 @@ def _from_hub(source: str, part: str) -> Any:
 def _entries(tokenizer: str | None) -> int:
     if tokenizer is None or tokenizer.startswith(STAGE):
         return _UNLEARNED
-    return len(AutoTokenizer.from_pretrained(tokenizer))
+    return len(AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False))

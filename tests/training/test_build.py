@@ -1,0 +1,44 @@
+"""From a recipe's `model` section to a model: what is refused before anything trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import vlmamba
+from vlmamba.models.vlm import VLMambaForConditionalGeneration
+from vlmamba.training import build, outline
+from vlmamba.training.config import ConfigError, ModelConfig
+
+NANO = str(vlmamba.nano())
+
+
+def test_a_tower_taken_over_keeps_its_layer(tmp_path: Path) -> None:
+    """Trained with a config that says another, the result could not be loaded."""
+    with pytest.raises(ConfigError, match=r"write model\.vision_layer: -1 and model\.vision_cls: false"):
+        build.build(ModelConfig(vision=NANO, language=NANO, tokenizer=NANO), "pad")
+    model, processor = build.build(ModelConfig(vision=NANO, language=NANO, tokenizer=NANO, vision_layer=-1), "pad")
+    build.save(model, processor, tmp_path / "model", {name: p.detach() for name, p in model.named_parameters()})
+    VLMambaForConditionalGeneration.from_pretrained(tmp_path / "model")
+
+
+def test_code_that_comes_along_never_runs(tmp_path: Path, monkeypatch) -> None:
+    """Nor is it asked for: transformers does that, and a y is soon typed."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    code = f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n"
+    (folder / "code.py").write_text(code)
+    auto = {"AutoConfig": "code.C", "AutoTokenizer": ["code.T", None]}
+    (folder / "config.json").write_text(json.dumps({"model_type": "theirs", "auto_map": auto}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T", "auto_map": auto}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    config = ModelConfig(tokenizer=str(folder), vision=str(folder), language={"hidden_size": 16})
+    for make in (lambda: build.build(config, "pad"), lambda: outline.outline(config)):
+        with pytest.raises(ValueError, match="theirs"):
+            make()
+    with pytest.raises(ConfigError):
+        outline._vision(str(folder), {})
+    assert not (tmp_path / "ran").exists()
