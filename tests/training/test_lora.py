@@ -18,6 +18,7 @@ from vlmamba.training.launch import make_feed, make_step, whole_state
 from vlmamba.training.lora import add_adapters, find_targets, merged
 from vlmamba.training.metrics import read_metrics
 from vlmamba.training.optimizer import part_of
+from vlmamba.training.parallel import World
 
 peft = pytest.importorskip("peft")
 
@@ -118,7 +119,7 @@ def test_merged_weights_compute_the_same(recipe) -> None:
     inputs = step.inputs(next(make_feed(config, processor, CPU).batches())[0])
     expected = logits(model, inputs)
     plain, _ = build.build(config.model, "pad")
-    plain.load_state_dict(merged(whole_state(model), config.lora), strict=False)
+    plain.load_state_dict(merged(whole_state(model, World()), config.lora), strict=False)
     torch.testing.assert_close(logits(plain, inputs), expected, rtol=1e-4, atol=1e-4)
 
 

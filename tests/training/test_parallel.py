@@ -130,6 +130,15 @@ def test_small_parameters_stay_wide_in_bf16(recipe, alone) -> None:
             assert parameter.grad.dtype == torch.float32, name
 
 
+def test_the_whole_model_is_kept_by_the_main_process_alone(recipe, alone) -> None:
+    """The others take part in its gathering, and need no room for it."""
+    model = cut(recipe(), alone)[0].model
+    state = launch.whole_state(model, alone)
+    assert state.keys() == dict(model.named_parameters()).keys()
+    assert not any(isinstance(tensor, DTensor) for tensor in state.values())
+    assert launch.whole_state(model, World(rank=1, size=2)) == {}
+
+
 def test_every_root_of_a_forward_pass_has_inputs(recipe, alone, monkeypatch) -> None:
     """FSDP moves a root's inputs to the GPU, and up to torch 2.11 that fails where there are none. A module that is
     called in a recomputation, after the pass of the real root, is taken for one."""

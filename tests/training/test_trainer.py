@@ -14,11 +14,13 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
+from vlmamba.commands import load
 from vlmamba.models.processor import VLMambaProcessor
 from vlmamba.models.vlm import VLMambaForConditionalGeneration
-from vlmamba.training import build, checkpoint, run
+from vlmamba.training import build, checkpoint, launch, run
 from vlmamba.training.config import ConfigError
 from vlmamba.training.metrics import read_metrics
+from vlmamba.training.parallel import World
 from vlmamba.training.plan import dry_run
 from vlmamba.training.step import Step
 from vlmamba.training.trainer import INTERRUPTED, BadDataError, Interrupted, NonFiniteError, SpikeError
@@ -291,6 +293,20 @@ def test_unknown_device(recipe) -> None:
         run(recipe(device="abacus"))
     with pytest.raises(ConfigError, match="abacus"):
         list(dry_run(recipe(device="abacus")))
+
+
+def test_a_gpu_by_number_becomes_the_current_one(monkeypatch) -> None:
+    """On which kernels are launched and events recorded, and whose generator a checkpoint holds."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert launch.pick_device("cuda:1") == load.pick_device("cuda:1") == torch.device("cuda:1")
+    launch.pick_device("cuda", World(rank=3, size=4, local_rank=0))
+    launch.pick_device("cpu")
+    assert chosen == [torch.device("cuda:1"), torch.device("cuda:1"), torch.device("cuda:0")]
+    with pytest.raises(ConfigError, match="torch sees 2 CUDA devices"):
+        launch.pick_device("cuda:2")
 
 
 def test_a_negative_rate(recipe) -> None:

@@ -86,7 +86,8 @@ def find_model(name: str) -> Path:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto`: CUDA, else Apple's mps, else the CPU."""
+    """The device of that name; `auto`: CUDA, else Apple's mps, else the CPU. A GPU chosen by number becomes the current
+    one: kernels, events and graphs go by that."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
@@ -97,6 +98,8 @@ def pick_device(name: str) -> torch.device:
     here = {"cpu": 1, "cuda": torch.cuda.device_count() if cuda else 0, "mps": int(mps)}
     if (device.index or 0) >= here.get(device.type, 0):
         raise ValueError(f"--device {name} is not here; `vlmamba info` lists the devices")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

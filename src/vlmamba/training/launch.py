@@ -116,7 +116,8 @@ def make_step(
 
 
 def pick_device(name: str, world: World | None = None) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU; of several processes each has a GPU of its own."""
+    """`auto` is CUDA where there is one, else the CPU; of several processes each has a GPU of its own. A GPU chosen by
+    number becomes the current one: kernels, events and generators go by that."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and world is not None and world.size > 1:
@@ -125,8 +126,10 @@ def pick_device(name: str, world: World | None = None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"device: {name!r} is unknown; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device: {name!r} was asked for, but torch sees no CUDA device here")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigError(f"device: {name!r} was asked for, but torch sees {count or 'no'} CUDA devices here")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -198,7 +201,7 @@ def summary(model: nn.Module, config: RunConfig, trainer: Trainer, device: torch
 def _finish(model: Any, processor: VLMambaProcessor, config: RunConfig, trainer: Trainer, result: Path) -> None:
     """Writes the model aside and renames it, so that a result is whole or absent."""
     folder = result.parent
-    state = whole_state(model)  # all processes together
+    state = whole_state(model, trainer.world)
     if trainer.world.is_main:
         lines = read_metrics(trainer.logger.file)
         draw_curves({folder.name: lines}, folder / "curve.svg")
@@ -231,9 +234,15 @@ def note_data(feed: Feed, folder: Path) -> None:
     file.write_text(json.dumps(found, indent=1))
 
 
-def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters, uncut, on the CPU (tied ones once). Buffers are none of a checkpoint's business here."""
-    return {name: full(parameter.detach()).cpu() for name, parameter in model.named_parameters()}
+def whole_state(model: nn.Module, world: World) -> dict[str, torch.Tensor]:
+    """All parameters, uncut, on the main process's CPU (tied ones once); all processes must ask for it together.
+    Buffers are none of a checkpoint's business here."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        whole = full(parameter.detach())
+        if world.is_main:
+            state[name] = whole.cpu()
+    return state
 
 
 def _claim(folder: Path, config: RunConfig) -> None:

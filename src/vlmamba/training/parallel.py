@@ -168,8 +168,7 @@ def shard(whole: nn.Module, world: World, device: torch.device, bf16: bool) -> N
     """Cuts parameters over all processes, block by block, in place.
 
     A_log, D and the dt bias of a block are cut apart from it: sharing its policy they would be gathered in bf16. They
-    stay gathered from forward to backward (a few MB), since a module without inputs has no place in the backward pass
-    at which to gather them again.
+    stay gathered from forward to backward (a few MB): gathering them again would cost a collective for each block.
     """
     mesh = init_device_mesh(device.type, (world.size,), mesh_dim_names=("data",))
     # Inputs are left as they are: a residual stream in fp32 stays so.
