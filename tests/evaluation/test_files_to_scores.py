@@ -454,11 +454,16 @@ def test_gqa_takes_the_choices_of_its_own_tier(tmp_path: Path) -> None:
     put_json(data / "val_choices.json", {"1": {"valid": [], "plausible": []}})
     answers = put_lines(tmp_path / "answers.jsonl", llava_answers("gqa"))
     assert "no choices file" in score("gqa", data, answers)["notes"][0]
-    choices = golden("gqa")[0]["choices"]
+    inputs, _ = golden("gqa")
+    choices = inputs["choices"]
     for entry in (None, {"valid": []}, {"valid": [], "plausible": None}):
         put_json(data / "testdev_choices.json", {**choices, "20000003": entry})
         with pytest.raises(ValueError, match=r"testdev_choices.json, 20000003: .*plausible"):
             score("gqa", data, answers)
+    inputs["questions"]["20000003"]["groups"]["global"] = []
+    put_json(data / "testdev_balanced_questions.json", inputs["questions"])
+    with pytest.raises(ValueError, match=r"question 20000003: the global group .* must be texts"):
+        score("gqa", data, answers)
 
 
 def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

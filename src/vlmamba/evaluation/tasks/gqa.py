@@ -46,7 +46,7 @@ class GQA(Task):
             for step in item["semantic"]:
                 require(step, ["operation", "argument"], f"{where}, semantic")
             group = require(item["groups"], ["global"], f"{where}, groups")["global"]
-            if not all(isinstance(text, str) for text in (group or "", *item["entailed"])):
+            if not all(isinstance(text, str) for text in ("" if group is None else group, *item["entailed"])):
                 raise ValueError(f"{where}: the global group and the entailed questions must be texts")
         first = f"{next(iter(questions.values()))['imageId']}.jpg"
         root = image_root(folder, ["images", "data/images", "."], first)
