@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -131,6 +132,33 @@ def test_damaged_ones_of_later_steps_give_way(tmp_path, keep, damaged) -> None:
         checkpoints.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000050", "step-000100"][-keep:]
     assert checkpoint.find_latest(tmp_path) == tmp_path / "step-000100"
+
+
+class Hostile:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("code of a checkpoint ran",))
+
+
+def test_a_checkpoint_runs_no_code(tmp_path) -> None:
+    """Its hashes are no protection: who writes a checkpoint writes them too."""
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    folder = checkpoints.save(model, optimizer, checkpoint.Progress(step=1))
+    checkpoints.wait()
+    checkpoint._make_moments(optimizer)
+    with_bytes = dict(checkpoint._tensors(model, optimizer)) | {"model.bias": Hostile()}
+    for name in ("metadata", "tensor"):
+        if name == "metadata":
+            (folder / ".metadata").write_bytes(pickle.dumps(Hostile()))
+        else:
+            checkpoint.dcp.save(with_bytes, checkpoint_id=folder, no_dist=True)
+        (folder / checkpoint.MANIFEST).unlink()
+        checkpoint._seal(folder)
+        with pytest.raises(ValueError, match=r"\.metadata is refused: .* has no place in a checkpoint"):
+            checkpoints.load(model, optimizer)
 
 
 class FullDisk(checkpoint.dcp.FileSystemWriter):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import random
 import shutil
 import threading
@@ -167,8 +168,39 @@ class Checkpoints:
             self._error = error
 
 
+_METADATA = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata"),
+        *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    **dict.fromkeys(("pathlib", "pathlib._local"), ("Path", "PosixPath", "WindowsPath")),
+}
+"""What DCP's table of tensors is made of. `BytesStorageMetadata` is none of it: DCP runs what such an entry holds."""
+
+
+class _Metadata(pickle.Unpickler):
+    """Reads that table and refuses all else, which might be code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in _METADATA.get(module, ()):
+            raise ValueError(f"{module}.{name} has no place in a checkpoint")
+        return super().find_class(module, name)
+
+
 class _Reader(dcp.FileSystemReader):
-    """Reads the files of a checkpoint at the same time."""
+    """Reads the files of a checkpoint at the same time, and runs nothing that they hold."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Any:
+        file = Path(self.path) / ".metadata"
+        try:
+            with file.open("rb") as handle:
+                return _Metadata(handle).load()
+        except ValueError as error:
+            raise ValueError(f"{file} is refused: {error}; remove {file.parent} if you did not make it") from None
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         by_file: dict[str, list[ReadItem]] = {}
