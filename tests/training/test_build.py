@@ -24,6 +24,16 @@ def test_a_tower_taken_over_keeps_its_layer(tmp_path: Path) -> None:
     VLMambaForConditionalGeneration.from_pretrained(tmp_path / "model")
 
 
+@pytest.mark.parametrize("make", [outline.outline, lambda config: build.build(config, "pad")])
+@pytest.mark.parametrize(("part", "field"), [("language", "hidden_sizee"), ("vision", "patchsize")])
+def test_fields_that_a_part_does_not_have(make, part: str, field: str) -> None:
+    """A dry run refuses what the run refuses."""
+    parts = {"vision": {"image_size": 64}, "language": {"hidden_size": 16}}
+    parts[part] |= {field: 8}
+    with pytest.raises(ConfigError, match=rf"model\.{part}\.{field}: .* has no such field"):
+        make(ModelConfig(tokenizer=NANO, **parts))
+
+
 def test_code_that_comes_along_never_runs(tmp_path: Path, monkeypatch) -> None:
     """Nor is it asked for: transformers does that, and a y is soon typed."""
     folder = tmp_path / "theirs"

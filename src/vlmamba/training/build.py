@@ -83,7 +83,7 @@ def build(config: ModelConfig, image_mode: str) -> tuple[Model, VLMambaProcessor
         processor = VLMambaProcessor.from_pretrained(folder)
         processor.image_mode = image_mode
         return VLMambaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32), processor
-    tokenizer = _tokenizer(config)
+    tokenizer = read_tokenizer(config)
     if config.language is None:
         tower, image_processor = _vision(config)
         processor = VLMambaProcessor(image_processor, tokenizer, tower.patch_size, image_mode=image_mode)
@@ -132,7 +132,8 @@ def _num_text_tokens(tokenizer: PreTrainedTokenizerFast, image_token_id: int) ->
     return image_token_id if image_token_id == len(tokenizer) - 1 else len(tokenizer)
 
 
-def _tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
+def read_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
+    """The one named, or the language model's own."""
     named = config.tokenizer or (config.language if isinstance(config.language, str) else None)
     if named is None:
         raise ConfigError("model.tokenizer: a language model from scratch needs one; name a folder or a Hub id")
@@ -150,10 +151,8 @@ def _language(source: str | Mapping[str, Any] | None, tokenizer: PreTrainedToken
             whole = VLMambaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
             return whole.language_model
         return load_language(source)[0]
-    # Rows up to a multiple of 64, so that the head's product runs on whole tiles.
-    rows = -(-len(tokenizer) // 64) * 64
-    fields = {"vocab_size": rows, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return VLMambaForCausalLM(_configure(MambaConfig, fields | dict(source or {}), "model.language"))
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return VLMambaForCausalLM(fresh_language_config(ids | dict(source or {}), len(tokenizer)))
 
 
 def _vision(config: ModelConfig) -> tuple[VisionTower, Any]:
@@ -172,11 +171,21 @@ def _vision(config: ModelConfig) -> tuple[VisionTower, Any]:
             return tower, VLMambaProcessor.from_pretrained(source).image_processor
         tower = load_vision(source, layer, cls)
         return tower, load_image_processor(source, tower.config)
-    fresh = _configure(SiglipVisionConfig, dict(source or {}), "model.vision")
+    fresh = fresh_vision_config(source or {})
     return build_vision_tower(fresh, layer, cls), build_image_processor(fresh)
 
 
-def _configure(kind: Any, fields: dict[str, Any], where: str) -> Any:
+def fresh_language_config(fields: Mapping[str, Any], entries: int) -> MambaConfig:
+    """Of a language model from scratch over a tokenizer of so many entries: rows up to a multiple of 64, so that the
+    head's product runs on whole tiles."""
+    return _configure(MambaConfig, {"vocab_size": -(-entries // 64) * 64} | dict(fields), "model.language")
+
+
+def fresh_vision_config(fields: Mapping[str, Any]) -> SiglipVisionConfig:
+    return _configure(SiglipVisionConfig, fields, "model.vision")
+
+
+def _configure(kind: Any, fields: Mapping[str, Any], where: str) -> Any:
     """A transformers config; a field that it does not declare is an error, not an attribute."""
     known = vars(kind()).keys()
     for field in fields:

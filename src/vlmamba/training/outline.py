@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, MambaConfig, SiglipVisionConfig
+from transformers import AutoConfig, CLIPVisionConfig, MambaConfig, SiglipVisionConfig
 
 import vlmamba
 from vlmamba.models.config import VLMambaConfig
@@ -15,7 +15,7 @@ from vlmamba.models.mamba import VLMambaForCausalLM
 from vlmamba.models.vision import build_vision_tower
 from vlmamba.models.vlm import VLMambaForConditionalGeneration
 from vlmamba.models.weights import language_config, read_config
-from vlmamba.training.build import NANO, STAGE, Model
+from vlmamba.training.build import NANO, STAGE, Model, fresh_language_config, fresh_vision_config, read_tokenizer
 from vlmamba.training.config import ConfigError, ModelConfig, RunConfig
 from vlmamba.training.contrastive import ContrastivePairs
 from vlmamba.training.patches import PatchReader
@@ -61,7 +61,7 @@ def outline(config: ModelConfig, earlier: Mapping[str, RunConfig] | None = None)
         with torch.device("meta"):
             tower = build_vision_tower(vision, config.vision_layer, config.vision_cls)
             if config.contrastive is not None:
-                return ContrastivePairs(tower, _entries(config.tokenizer), config.contrastive)
+                return ContrastivePairs(tower, _entries(config), config.contrastive)
             return PatchReader(tower)
     found = _whole(config, earlier or {})
     with torch.device("meta"):
@@ -114,8 +114,7 @@ def _language(config: ModelConfig, earlier: Mapping[str, RunConfig]) -> MambaCon
         return whole.text_config if isinstance(whole, VLMambaConfig) else whole
     if isinstance(source, str):
         return KNOWN.get(source) or _read_language(source)
-    fields = {"vocab_size": -(-_entries(config.tokenizer) // 64) * 64} | dict(source or {})
-    return MambaConfig(**fields)
+    return fresh_language_config(source or {}, _entries(config))
 
 
 def _read_language(source: str) -> MambaConfig:
@@ -136,7 +135,7 @@ def _vision(source: Any, earlier: Mapping[str, RunConfig]) -> Any:
         assert isinstance(whole, VLMambaConfig)
         return whole.vision_config
     if not isinstance(source, str):
-        return SiglipVisionConfig(**dict(source))
+        return fresh_vision_config(source or {})
     if source in KNOWN:
         return KNOWN[source]
     if Path(source).is_dir() and read_config(Path(source)).get("model_type") == "vlmamba":
@@ -153,7 +152,5 @@ def _from_hub(source: str, part: str) -> Any:
         raise ConfigError(f"model.{part}: the sizes of {source} are not known here ({reason})") from None
 
 
-def _entries(tokenizer: str | None) -> int:
-    if tokenizer is None or tokenizer.startswith(STAGE):
-        return _UNLEARNED
-    return len(AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False))
+def _entries(config: ModelConfig) -> int:
+    return _UNLEARNED if (config.tokenizer or "").startswith(STAGE) else len(read_tokenizer(config))
