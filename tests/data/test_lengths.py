@@ -70,6 +70,15 @@ def test_a_table_is_built_once(source: LlavaSource, encoder: Encoder, monkeypatc
     assert np.array_equal(LengthTable.load(file).least, first.least)
 
 
+@pytest.mark.parametrize("left", [0, 50, 300])
+def test_a_damaged_table_is_measured_again(source: LlavaSource, encoder: Encoder, left: int) -> None:
+    first = length_table(source, encoder)
+    (file,) = source.name.parent.glob("data.json.lengths-*.npz")
+    file.write_bytes(file.read_bytes()[:left])
+    assert np.array_equal(length_table(source, encoder).lengths, first.lengths)
+    assert np.array_equal(LengthTable.load(file).lengths, first.lengths)
+
+
 @pytest.mark.parametrize("change", ["data", "template", "tokenizer", "image tokens"])
 def test_a_table_is_never_another_s(source: LlavaSource, encoder: Encoder, change: str) -> None:
     length_table(source, encoder)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -267,6 +268,17 @@ def test_another_recipe_in_the_same_folder(recipe, tmp_path) -> None:
     (tmp_path / "other/file").write_text("mine")
     with pytest.raises(ConfigError, match="holds no run"):
         run(recipe(output=str(tmp_path / "other")))
+
+
+def test_a_run_begun_before_an_option_was_there_goes_on(recipe, tmp_path) -> None:
+    file = run(recipe()).parent / "config.yaml"
+    stored = yaml.safe_load(file.read_text())
+    del stored["optim"]["capture"]
+    file.write_text(yaml.safe_dump(stored))
+    run(recipe())
+    file.write_text("")
+    with pytest.raises(ConfigError, match=r"config\.yaml: holds no mapping"):
+        run(recipe())
 
 
 def test_bad_samples_are_counted_and_too_many_stop_the_run(recipe, dataset, tmp_path, monkeypatch) -> None:

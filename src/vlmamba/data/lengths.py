@@ -7,11 +7,13 @@ import os
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -83,8 +85,10 @@ def length_table(source: Source, encoder: Encoder, workers: int = 0, cache: Path
     places = [folder for folder in (source.name.parent, cache) if folder is not None]
     with _one_at_a_time(key):
         for place in places:
-            if (place / name).is_file():
+            try:
                 return LengthTable.load(place / name)
+            except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error):  # not there, or damaged
+                continue
         table = measure(source, encoder, workers)
         for place in places:
             try:

@@ -36,7 +36,7 @@ from vlmamba.data.packing import PackedOrder
 from vlmamba.models.processor import VLMambaProcessor
 from vlmamba.training import build
 from vlmamba.training.card import write_card
-from vlmamba.training.config import PARTS, ConfigError, RunConfig
+from vlmamba.training.config import PARTS, ConfigError, RunConfig, parse
 from vlmamba.training.curve import draw_curves, write_page
 from vlmamba.training.lora import add_adapters, merged, save_adapters
 from vlmamba.training.metrics import Logger, read_metrics
@@ -250,7 +250,7 @@ def _claim(folder: Path, config: RunConfig) -> None:
     asked = {key: value for key, value in asdict(config).items() if key not in _FREE}
     file = folder / "config.yaml"
     if file.is_file():
-        stored = yaml.safe_load(file.read_text())
+        stored = asdict(parse(RunConfig, file))  # options that are newer than the run have their defaults
         differing = list(_differences({k: v for k, v in stored.items() if k not in _FREE}, asked))
         if differing:
             raise ConfigError(
@@ -258,10 +258,12 @@ def _claim(folder: Path, config: RunConfig) -> None:
                 "or remove that one"
             )
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    scratch = folder / f".writing-{file.name}"
+    if folder.is_dir() and any(found != scratch for found in folder.iterdir()):
         raise ConfigError(f"{folder}: is not empty and holds no run (no config.yaml); name another output folder")
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    scratch.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    os.replace(scratch, file)
     (folder / "versions.json").write_text(json.dumps(versions(), indent=1))
 
 
