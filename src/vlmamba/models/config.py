@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, MambaConfig, PreTrainedConfig, SiglipVisionConfig
 
-from vlmamba.models.loading import check_sizes
+from vlmamba.models.loading import WIDEST, check_sizes
 
 CONNECTORS = ("mlp", "vss-mlp", "vss-l2")
 SCANS = {
@@ -71,9 +71,10 @@ class VLMambaConfig(PreTrainedConfig):
         _expect("connector", self.connector, CONNECTORS)
         _expect("scan", self.scan, tuple(SCANS))
         _expect("scan_weights", self.scan_weights, SCAN_WEIGHTS)
-        if self.connector_width is not None and (self.connector == "vss-l2" or self.connector_width < 1):
+        width = self.connector_width
+        if width is not None and (self.connector == "vss-l2" or not 1 <= width <= WIDEST):
             raise ValueError(
-                f"connector_width={self.connector_width}: expected a number above 0, for connector mlp or vss-mlp "
+                f"connector_width={width}: expected a number from 1 to {WIDEST}, for connector mlp or vss-mlp "
                 f"(this is {self.connector})"
             )
         if not isinstance(self.text_config, MambaConfig):

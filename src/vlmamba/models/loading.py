@@ -6,13 +6,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Far above any model there is: what lies beyond is a damaged or hostile file, and would take all memory.
+WIDEST = 1 << 17
 _MOST = {
-    **dict.fromkeys(("hidden_size", "intermediate_size", "d_model"), 1 << 17),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "d_model", "time_step_rank"), WIDEST),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_attention_heads"), 1 << 12),
     **dict.fromkeys(("image_size", "patch_size"), 1 << 13),
     **dict.fromkeys(("state_size", "conv_kernel", "expand"), 1 << 10),
     "vocab_size": 1 << 24,
+    "num_channels": 1 << 6,
 }
+_MOST_PATCHES = 1 << 9  # along a side
 _SHOWN = 8
 
 
@@ -20,8 +23,13 @@ def check_sizes(config: Mapping[str, Any], where: str) -> None:
     """ValueError for a size that is no whole number, below 1, or beyond reason."""
     for name, most in _MOST.items():
         value = config.get(name, 1)
+        if name == "time_step_rank" and value == "auto":
+            continue
         if type(value) is not int or not 1 <= value <= most:
             raise ValueError(f"{where}: {name} is {value!r}; expected a whole number from 1 to {most}")
+    image, patch = config.get("image_size", 1), config.get("patch_size", 16)
+    if image // patch > _MOST_PATCHES:
+        raise ValueError(f"{where}: image_size {image} makes more than {_MOST_PATCHES} patches of {patch} along a side")
 
 
 def refuse_misfits(where: str, missing: Iterable[str], surplus: Iterable[str], misshaped: Iterable[str]) -> None:
