@@ -101,28 +101,14 @@ def fused_weights(model: nn.Module, int8: bool = False) -> tuple[list[Layer], He
         mixer = block.mixer
         A, D, dt_bias = (t.detach() for t in mixer.ssm(block.norm.weight))
         bias = mixer.conv1d.bias
-        layers.append(
-            Layer(
-                norm=block.norm.weight.detach(),
-                eps=block.norm.eps,
-                in_proj=matrix(mixer.in_proj.weight),
-                conv_weight=mixer.conv1d.weight.detach().squeeze(1),
-                conv_bias=None if bias is None else bias.detach(),
-                x_proj=mixer.x_proj.weight.detach(),
-                dt_proj=mixer.dt_proj.weight.detach(),
-                dt_bias=dt_bias,
-                A=A.contiguous(),
-                D=D,
-                out_proj=matrix(mixer.out_proj.weight),
-            )
-        )
-    final = model.backbone.norm_f
-    head = Head(
-        embedding=model.backbone.embeddings.weight.detach(),
-        norm=final.weight.detach(),
-        eps=final.eps,
-        matrix=matrix(model.lm_head.weight),
-    )
+        layers.append(Layer(
+            norm=block.norm.weight.detach(), eps=block.norm.eps, in_proj=matrix(mixer.in_proj.weight),
+            conv_weight=mixer.conv1d.weight.detach().squeeze(1), conv_bias=None if bias is None else bias.detach(),
+            x_proj=mixer.x_proj.weight.detach(), dt_proj=mixer.dt_proj.weight.detach(), dt_bias=dt_bias,
+            A=A.contiguous(), D=D, out_proj=matrix(mixer.out_proj.weight),
+        ))  # fmt: skip
+    final, embedding = model.backbone.norm_f, model.backbone.embeddings.weight.detach()
+    head = Head(embedding=embedding, norm=final.weight.detach(), eps=final.eps, matrix=matrix(model.lm_head.weight))
     return layers, head
 
 
