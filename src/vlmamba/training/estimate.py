@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vlmamba.data.scenes import FIELDS
 from vlmamba.models.connector import VSS
 from vlmamba.training.build import Model
-from vlmamba.training.config import PARTS, ConfigError, RunConfig
+from vlmamba.training.config import PARTS, RunConfig
 from vlmamba.training.contrastive import MOST, ContrastivePairs
 from vlmamba.training.lora import add_adapters
-from vlmamba.training.optimizer import freeze, part_of
+from vlmamba.training.optimizer import freeze, parameter_groups, part_of
 from vlmamba.training.outline import outline
 from vlmamba.training.patches import PatchReader
 
@@ -41,6 +42,11 @@ class Part:
     parameters: int
     trained: int
     lr: float
+
+    def line(self) -> str:
+        of = "" if self.trained == self.parameters else f" for {self.trained / 1e6:.2f}M of them"
+        state = f"learning rate {self.lr:g}{of}" if self.trained else "frozen"
+        return f"{self.name}: {self.parameters / 1e6:.2f}M parameters, {state}"
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,7 @@ class Estimate:
 
     def lines(self, device: str, rate: float, world: int) -> Iterator[str]:
         """For people to read; `rate` in FLOP/s of one device."""
-        for part in self.parts:
-            of = "" if part.trained == part.parameters else f" for {part.trained / 1e6:.2f}M of them"
-            state = f"learning rate {part.lr:g}{of}" if part.trained else "frozen"
-            yield f"{part.name}: {part.parameters / 1e6:.2f}M parameters, {state}"
+        yield from (part.line() for part in self.parts)
         yield f"micro-batch: {self.rows} rows of about {self.length} tokens, {self.images} images"
         pieces = ", ".join(f"{name} {_gb(size)}" for name, size in self.memory.items() if name != "peak")
         yield f"memory: about {_gb(self.memory['peak'])} at the peak ({pieces}); {_gb(self.longest)} with longest rows"
@@ -85,15 +88,14 @@ def estimate(
 
     Raises:
         ConfigError: parts whose sizes cannot be known here.
+        ValueError: a part is to be trained that the model does not have.
     """
     model = outline(config.model, earlier)
     if config.lora is not None:
         add_adapters(model, config.lora)
     freeze(model, config.stage, config.lora.parts if config.lora is not None else ())
-    parts = _parts(model, config)
-    missing = [part for part in PARTS if getattr(config.stage, part).lr > 0 and part not in {p.name for p in parts}]
-    if missing:
-        raise ConfigError(f"stage.{missing[0]}: has a learning rate, but the model has no {missing[0]} part")
+    parameter_groups(model, config.stage)  # refuses what it would refuse the run
+    parts = parts_of(model, config)
     optim = config.optim
     patches = model.vision_tower.num_tokens if hasattr(model, "vision_tower") else 0
     usual = min(optim.max_length, patches + _TEXT[config.stage.template])
@@ -134,7 +136,8 @@ def product_rate(device: str) -> float:
     return 3 * 2 * 1024**3 / (perf_counter() - started)
 
 
-def _parts(model: Model, config: RunConfig) -> list[Part]:
+def parts_of(model: nn.Module, config: RunConfig) -> list[Part]:
+    """The parts that a model has, as the run trains them."""
     found = {part: [0, 0] for part in PARTS}
     for name, parameter in model.named_parameters():
         count = found[part_of(name)]

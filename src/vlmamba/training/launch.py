@@ -38,9 +38,10 @@ from vlmamba.training import build
 from vlmamba.training.card import write_card
 from vlmamba.training.config import PARTS, ConfigError, RunConfig, parse
 from vlmamba.training.curve import draw_curves, write_page
+from vlmamba.training.estimate import parts_of
 from vlmamba.training.lora import add_adapters, merged, save_adapters
 from vlmamba.training.metrics import Logger, read_metrics
-from vlmamba.training.optimizer import MODULES, freeze, make_optimizer, parameter_groups, part_of
+from vlmamba.training.optimizer import MODULES, freeze, make_optimizer, parameter_groups
 from vlmamba.training.parallel import Parallel, World, full, joined
 from vlmamba.training.step import Step
 from vlmamba.training.trainer import Trainer
@@ -175,16 +176,7 @@ def make_feed(config: RunConfig, processor: VLMambaProcessor, device: torch.devi
 
 def summary(model: nn.Module, config: RunConfig, trainer: Trainer, device: torch.device) -> Iterator[str]:
     """What is about to be trained, on what, for how long."""
-    sizes = dict.fromkeys(PARTS, 0)
-    trained = dict(sizes)
-    for name, parameter in model.named_parameters():
-        sizes[part_of(name)] += parameter.numel()
-        trained[part_of(name)] += parameter.numel() * parameter.requires_grad
-    for part, size in sizes.items():
-        if size:
-            rate = f"learning rate {getattr(config.stage, part).lr:g}"
-            of = "" if trained[part] == size else f" for {trained[part] / 1e6:.2f}M of them"
-            yield f"{part}: {size / 1e6:.2f}M parameters, {rate + of if trained[part] else 'frozen'}"
+    yield from (part.line() for part in parts_of(model, config))
     yield trainer.feed.describe()
     if config.optim.capture and trainer.step.captured is None:
         yield f"optim.capture: graphs are for CUDA, and this is the {device.type}: ignored"
