@@ -238,10 +238,13 @@ def whole_state(model: nn.Module, world: World) -> dict[str, torch.Tensor]:
 
 
 def _claim(folder: Path, config: RunConfig) -> None:
-    """Makes the run's folder, or checks that the one there belongs to the same recipe."""
+    """Makes the run's folder, or checks that the one there belongs to the same recipe. One that ended before it had
+    anything to go on from, as with a misspelled file, is begun anew."""
     asked = {key: value for key, value in asdict(config).items() if key not in _FREE}
     file = folder / "config.yaml"
-    if file.is_file():
+    scratch = folder / f".writing-{file.name}"
+    begun = (folder / build.MODEL_FOLDER).is_dir() or any(folder.glob("checkpoints/step-*"))
+    if file.is_file() and begun:
         stored = asdict(parse(RunConfig, file))  # options that are newer than the run have their defaults
         differing = list(_differences({k: v for k, v in stored.items() if k not in _FREE}, asked))
         if differing:
@@ -250,12 +253,12 @@ def _claim(folder: Path, config: RunConfig) -> None:
                 "or remove that one"
             )
         return
-    scratch = folder / f".writing-{file.name}"
-    if folder.is_dir() and any(found != scratch for found in folder.iterdir()):
+    if folder.is_dir() and not file.is_file() and any(found != scratch for found in folder.iterdir()):
         raise ConfigError(f"{folder}: is not empty and holds no run (no config.yaml); name another output folder")
     folder.mkdir(parents=True, exist_ok=True)
     scratch.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
     os.replace(scratch, file)
+    (folder / "data.json").unlink(missing_ok=True)
     (folder / "versions.json").write_text(json.dumps(versions(), indent=1))
 
 
