@@ -36,13 +36,17 @@ TINY = [
 
 
 def test_nano_in_miniature(tmp_path: Path, capsys) -> None:
-    folder = run_pipeline("nano", tmp_path / "out", TINY)
+    folder = run_pipeline("nano", tmp_path / "out", [*TINY, "model.scan=csm"])
     model = vlmamba.VLMambaForConditionalGeneration.from_pretrained(folder)
     processor = vlmamba.VLMambaProcessor.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
     assert next(p for n, p in model.named_parameters() if n.endswith("A_log")).dtype == torch.float32
     assert processor.image_size == (128, 128)
-    assert "import vlmamba" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "import vlmamba" in card
+    assert model.config.scan == "csm"
+    assert "scan csm (shared weights)" in card
+    assert "bsm" not in card
     assert (tmp_path / "out/curves.svg").is_file()
     # Frozen parts travel through the stages unchanged; alignment leaves the language model alone.
     encoder = load_vision(tmp_path / "out/0a-vision/model", layer=-1).state_dict()
@@ -69,6 +73,13 @@ def test_overrides_are_checked_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown key optim\.max_step"):
         run_pipeline("nano", tmp_path / "out", ["2-instruct.optim.max_step=3"])
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_last_stage_lacks_is_said_before_the_first_begins(tmp_path: Path) -> None:
+    lacking = ["2-instruct.data=[{llava: {file: nowhere.json, images: nowhere}}]"]
+    with pytest.raises(ValueError, match=r"nowhere\.json"):
+        run_pipeline("nano", tmp_path / "out", [*TINY, *lacking])
+    assert not list((tmp_path / "out").glob("*/config.yaml"))
 
 
 def test_unknown_pipeline(tmp_path: Path) -> None:

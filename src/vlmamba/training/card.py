@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from torch import nn
 
+from vlmamba.models.vlm import VLMambaForConditionalGeneration
 from vlmamba.training.config import RunConfig
 from vlmamba.training.contrastive import ContrastivePairs
 from vlmamba.training.patches import PatchReader
@@ -48,14 +49,28 @@ def write_card(folder: Path, model: nn.Module, config: RunConfig, seconds: float
     kind, tag, use = _kind(model)
     parameters = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("heads."))
     end = "" if loss is None else f", final training loss {loss:.3f}"
-    recipe = yaml.safe_dump(asdict(config), sort_keys=False)
+    recipe = recipe_text(config)
+    made = ""
+    if isinstance(model, VLMambaForConditionalGeneration):
+        of = model.config
+        made = f"Connector {of.connector}, scan {of.scan} ({of.scan_weights} weights), encoder read at layer "
+        made += f"{of.vision_layer}.\n\n"
     (folder / "README.md").write_text(
         "---\nlibrary_name: vlmamba\n"
         + f"pipeline_tag: {tag}\n---\n\n# {kind}, {parameters / 1e6:.1f}M parameters\n\n"
+        + made
         + use.replace("FOLDER", "path/to/this/folder")
         + f"\n## Training\n\n{seconds / 60:.1f} minutes{end}, with this recipe:\n\n```yaml\n{recipe}```\n",
         encoding="utf-8",
     )
+
+
+def recipe_text(config: RunConfig) -> str:
+    """A recipe as YAML. Of a whole model only its path: its connector and its scan are its own."""
+    recipe = asdict(config)
+    if config.model.path is not None:
+        recipe["model"] = {"path": config.model.path}
+    return yaml.safe_dump(recipe, sort_keys=False)
 
 
 def _kind(model: nn.Module) -> tuple[str, str, str]:

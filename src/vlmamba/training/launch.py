@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-import yaml
 from safetensors import SafetensorError
 from torch import nn
 
@@ -35,7 +34,7 @@ from vlmamba.data.loading import Feed, open_feed
 from vlmamba.data.packing import PackedOrder
 from vlmamba.models.processor import VLMambaProcessor
 from vlmamba.training import build
-from vlmamba.training.card import write_card
+from vlmamba.training.card import recipe_text, write_card
 from vlmamba.training.config import PARTS, ConfigError, RunConfig, parse
 from vlmamba.training.curve import draw_curves, write_page
 from vlmamba.training.estimate import parts_of
@@ -256,7 +255,7 @@ def _claim(folder: Path, config: RunConfig) -> None:
     if folder.is_dir() and not file.is_file() and any(found != scratch for found in folder.iterdir()):
         raise ConfigError(f"{folder}: is not empty and holds no run (no config.yaml); name another output folder")
     folder.mkdir(parents=True, exist_ok=True)
-    scratch.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    scratch.write_text(recipe_text(config))
     os.replace(scratch, file)
     (folder / "data.json").unlink(missing_ok=True)
     (folder / "versions.json").write_text(json.dumps(versions(), indent=1))

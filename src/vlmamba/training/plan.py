@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 
 import torch
-import yaml
 
 from vlmamba.data.sources import require_there
 from vlmamba.training import build, launch
+from vlmamba.training.card import recipe_text
 from vlmamba.training.config import ConfigError, RunConfig
 from vlmamba.training.estimate import estimate, product_rate
 from vlmamba.training.optimizer import set_rates
@@ -25,7 +24,7 @@ def dry_run(config: RunConfig, earlier: Mapping[str, RunConfig] | None = None) -
     Args:
         earlier: recipes of a pipeline's stages before this one.
     """
-    yield yaml.safe_dump(asdict(config), sort_keys=False).rstrip()
+    yield recipe_text(config).rstrip()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     here = "cuda" if torch.cuda.is_available() else "cpu"
     device = here if config.device == "auto" else config.device.split(":")[0]

@@ -65,6 +65,9 @@ def run_pipeline(name: str | Path, output: str | Path, overrides: Sequence[str] 
         if config.tokenizer is not None:
             learned = config.tokenizer
             world.from_main(lambda: learn_tokenizer(learned, output / TOKENIZER))
+        for recipe in recipes:  # what the last stage lacks is said before the first one takes its hours
+            if not (Path(recipe.output) / build.MODEL_FOLDER).is_dir():
+                require_data(recipe)
         for stage, recipe in zip(config.stages, recipes, strict=True):
             if world.is_main:
                 print(f"stage {stage}", flush=True)
