@@ -65,7 +65,7 @@ def test_nano_in_miniature(tmp_path: Path, capsys) -> None:
     # A second call finds all stages finished; with one result gone, that stage alone is done again.
     capsys.readouterr()
     shutil.rmtree(tmp_path / "out/2-instruct")
-    run_pipeline("nano", tmp_path / "out", TINY)
+    run_pipeline("nano", tmp_path / "out", [*TINY, "model.scan=csm"])
     assert capsys.readouterr().out.count("finished already") == 3
 
 
