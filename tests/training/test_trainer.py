@@ -293,6 +293,26 @@ def test_bad_samples_are_counted_and_too_many_stop_the_run(recipe, dataset, tmp_
         run(recipe(output=str(tmp_path / "second"), optim={"max_steps": 30}))
 
 
+def test_a_run_that_could_use_nothing_makes_no_model(recipe, dataset, tmp_path, capsys) -> None:
+    """A few that were left out are told of."""
+    (dataset / "images/3.png").write_bytes(b"broken")
+    run(recipe(optim={"max_steps": 12}))
+    assert "left out: " in "".join(capsys.readouterr())
+    with pytest.raises(BadDataError, match="nothing was learned"):
+        run(recipe(output=str(tmp_path / "none"), optim={"max_length": 5, "max_steps": 2}))
+    assert not (tmp_path / "none/model").exists()
+    run(recipe(output=str(tmp_path / "none")))  # the folder is the corrected recipe's
+
+
+def test_a_run_that_never_began_leaves_its_folder_to_the_corrected_recipe(recipe, tmp_path) -> None:
+    with pytest.raises(ValueError, match="nowhere"):
+        run(recipe(data=[{"llava": {"file": "nowhere.json", "images": "nowhere"}}]))
+    assert (tmp_path / "run/config.yaml").is_file()
+    run(recipe())
+    with pytest.raises(ConfigError, match="another recipe"):
+        run(recipe(seed=99))
+
+
 def test_time_budget_ends_the_run(recipe, tmp_path, monkeypatch) -> None:
     run(recipe(optim={"max_steps": 100000, "time_budget": 0.02}))
     last = read_metrics(tmp_path / "run/metrics.jsonl")[-1]

@@ -116,6 +116,11 @@ class Trainer:
                 if interval.results and (done or step % self.config.logging.every == 0):
                     self._log(interval, share)
                     interval = Interval()
+                if share >= 1.0 and self.progress.samples == 0:
+                    raise BadDataError(
+                        f"none of the {self.progress.skipped} samples read could be used, so nothing was learned; "
+                        f"{self.folder / 'skipped.jsonl'} has the reasons"
+                    )
                 if done or step % self.config.checkpoint.every == 0:
                     saved = self._save()
                     if stopped and share < 1.0:
@@ -123,6 +128,9 @@ class Trainer:
                         self.logger.say(f"told to stop: saved {saved}; the same command goes on from there")
                         raise Interrupted(saved)
             self.checkpoints.wait()
+            if self.progress.skipped:
+                skipped = f"{self.progress.skipped} of {self.progress.samples + self.progress.skipped}"
+                self.logger.say(f"left out: {skipped} samples; {self.folder / 'skipped.jsonl'} has the reasons")
         finally:
             restore()
             self.feed.close()
