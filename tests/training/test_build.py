@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import MambaConfig
 
 import vlmamba
+from vlmamba.commands.load import name_of
+from vlmamba.models.mamba import VLMambaForCausalLM
 from vlmamba.models.vlm import VLMambaForConditionalGeneration
 from vlmamba.training import build, outline
 from vlmamba.training.config import ConfigError, ModelConfig
@@ -52,3 +56,23 @@ def test_code_that_comes_along_never_runs(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(ConfigError):
         outline._vision(str(folder), {})
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_language_model_s_damaged_tokenizer_is_not_another_s(tmp_path) -> None:
+    """Nor is that of a folder that is not there."""
+    language = tmp_path / "language"
+    VLMambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1)).save_pretrained(language)
+    (language / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+        build.read_tokenizer(ModelConfig(language=str(language)))
+    with pytest.raises(ValueError, match="no-such/place/at-all' is neither a folder here"):
+        build.read_tokenizer(ModelConfig(language="no-such/place/at-all"))
+
+
+def test_a_run_s_folder_stands_for_its_model(tmp_path) -> None:
+    shutil.copytree(vlmamba.nano(), tmp_path / "run/model")
+    model, _ = build.build(ModelConfig(path=str(tmp_path / "run")), "pad")
+    assert model.config.scan == "bsm"
+    assert name_of(str(tmp_path / "run/model")) == name_of(str(tmp_path / "run")) == "run"
+    with pytest.raises(ValueError, match="nowhere' is neither a folder here nor a Hub id"):
+        build.build(ModelConfig(path="nowhere"), "pad")

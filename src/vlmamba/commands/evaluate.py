@@ -45,7 +45,11 @@ def evaluate(
         raise ValueError("--own FILE is a task by itself; leave out --tasks")
     if not own and not data:
         raise ValueError("--data FOLDER is needed, the folder of the benchmarks (vlmamba eval --check FOLDER looks)")
-    place = Path(out or Path("runs") / "eval" / Path(model).name)
+
+    from vlmamba.commands.load import find_model, load, name_of
+
+    called = Path(name_of(model)).name
+    place = Path(out or Path("runs") / "eval" / called)
     judging["judge_cache"] = judging["judge_cache"] or str(place / "judge.jsonl")
     options = _options(**judging)
     given = (_assignment(prompt) for prompt in prompts or [])
@@ -53,7 +57,6 @@ def evaluate(
 
     from rich.console import Console
 
-    from vlmamba.commands.load import find_model, load
     from vlmamba.evaluation import api
     from vlmamba.evaluation.results import table
 
@@ -75,7 +78,7 @@ def evaluate(
         say=_say,
     )
     if results:
-        Console().print(table(results, Path(model).name))
+        Console().print(table(results, called))
         print(f"answers and results: {place}")
     return 0
 

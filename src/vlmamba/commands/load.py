@@ -71,18 +71,17 @@ def find_model(name: str) -> Path:
         if not (NANO / "config.json").is_file():
             raise ValueError(f"the nano model is not in this installation ({NANO}); reinstall, or give --model FOLDER")
         return NANO
-    from vlmamba.models.weights import fetch, read_config
+    from vlmamba.models.weights import fetch_whole
 
-    folder = fetch(name)
-    if (folder / "model/config.json").is_file() and not (folder / "config.json").is_file():
-        folder = folder / "model"
-    kind = read_config(folder).get("model_type")
-    if kind != "vlmamba":
-        raise ValueError(
-            f"{name} is not a VL-Mamba: its config.json has model_type {kind!r}. "
-            "A VL-Mamba of pre-trained parts is made by VLMambaForConditionalGeneration.from_parts"
-        )
-    return folder
+    return fetch_whole(name)
+
+
+def name_of(model: str) -> str:
+    """What a model is called where it is one among others: by its folder, of a run's `model` by the run's."""
+    folder = Path(model).resolve()
+    if not folder.is_dir():
+        return model
+    return folder.parent.name if folder.name == "model" else folder.name
 
 
 def pick_device(name: str) -> torch.device:

@@ -6,7 +6,6 @@ import ipaddress
 import os
 import socket
 import sys
-from pathlib import Path
 
 KEY_VARIABLE = "VLMAMBA_API_KEY"
 
@@ -30,7 +29,7 @@ def serve(
         if error.name not in ("fastapi", "starlette", "uvicorn"):
             raise
         raise ValueError(f'{error.name} is not installed, which serving needs: pip install "vlmamba[serve]"') from error
-    from vlmamba.commands.load import load
+    from vlmamba.commands.load import load, name_of
     from vlmamba.inference import Engine
     from vlmamba.serving.fetch import Limits
 
@@ -41,7 +40,7 @@ def serve(
     with door:
         print(f"vlmamba: loading {model}", file=sys.stderr, flush=True)
         loaded = load(model, device, dtype)
-        name = Path(model).resolve().name if Path(model).is_dir() else model
+        name = name_of(model)
         engine = Engine(loaded.model, loaded.processor, name=name, slots=slots)
         try:
             limits = Limits(remote=not no_fetch, allowed_hosts=frozenset(map(str.lower, allow_host or ())))

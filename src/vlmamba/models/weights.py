@@ -91,7 +91,7 @@ def fetch(source: str | Path) -> Path:
     folder, text = Path(source), str(source)
     if text and folder.is_dir():
         return folder
-    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+    if not is_hub_id(text):
         raise ValueError(f"{text!r} is neither a folder here nor a Hub id of the form owner/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -104,6 +104,29 @@ def fetch(source: str | Path) -> Path:
             f"{text!r} is not a folder here and could not be downloaded from the Hub "
             f"({type(error).__name__}); check the spelling and the network"
         ) from error
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether it may be one, as it has the form owner/name."""
+    return text.count("/") == 1 and not text.startswith((".", "/", "~"))
+
+
+def fetch_whole(source: str | Path) -> Path:
+    """The local folder of a VL-Mamba: as `fetch`, and of a training run's folder the model in it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    folder = fetch(source)
+    if (folder / "model/config.json").is_file() and not (folder / "config.json").is_file():
+        folder = folder / "model"
+    kind = read_config(folder).get("model_type")
+    if kind != "vlmamba":
+        raise ValueError(
+            f"{source} is not a VL-Mamba: its config.json has model_type {kind!r}. "
+            "A VL-Mamba of pre-trained parts is made by VLMambaForConditionalGeneration.from_parts"
+        )
+    return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:

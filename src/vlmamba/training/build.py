@@ -15,11 +15,11 @@ from transformers.utils import logging as transformers_logging
 import vlmamba
 from vlmamba.models.config import VLMambaConfig
 from vlmamba.models.mamba import VLMambaForCausalLM
-from vlmamba.models.preparation import GPT_NEOX, build_image_processor, load_image_processor
+from vlmamba.models.preparation import build_image_processor, load_image_processor, load_tokenizer
 from vlmamba.models.processor import VLMambaProcessor
 from vlmamba.models.vision import VisionTower, build_vision_tower
 from vlmamba.models.vlm import VLMambaForConditionalGeneration
-from vlmamba.models.weights import load_language, load_vision
+from vlmamba.models.weights import fetch_whole, load_language, load_vision
 from vlmamba.training.config import ConfigError, ModelConfig
 from vlmamba.training.contrastive import ContrastivePairs
 from vlmamba.training.patches import PatchReader
@@ -79,7 +79,7 @@ def build(config: ModelConfig, image_mode: str) -> tuple[Model, VLMambaProcessor
         if isinstance(part, str) and part.startswith(STAGE):
             raise ConfigError(f"model: {part} is the result of another stage; run the pipeline, or name a folder")
     if config.path is not None:
-        folder = vlmamba.nano() if config.path == NANO else config.path
+        folder = vlmamba.nano() if config.path == NANO else fetch_whole(config.path)
         processor = VLMambaProcessor.from_pretrained(folder)
         processor.image_mode = image_mode
         return VLMambaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32), processor
@@ -137,12 +137,12 @@ def read_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
     named = config.tokenizer or (config.language if isinstance(config.language, str) else None)
     if named is None:
         raise ConfigError("model.tokenizer: a language model from scratch needs one; name a folder or a Hub id")
+    if config.tokenizer is None and not _is_vlmamba(named):
+        return load_tokenizer(named)
     try:
         return AutoTokenizer.from_pretrained(named, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        if config.tokenizer is not None:
-            raise ValueError(f"model.tokenizer: {named} holds no tokenizer ({error})") from None
-        return AutoTokenizer.from_pretrained(GPT_NEOX, trust_remote_code=False)  # state-spaces' come without their own
+        raise ValueError(f"model.tokenizer: {named} holds no tokenizer ({error})") from None
 
 
 def _language(source: str | Mapping[str, Any] | None, tokenizer: PreTrainedTokenizerFast) -> VLMambaForCausalLM:

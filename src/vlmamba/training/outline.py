@@ -14,7 +14,7 @@ from vlmamba.models.config import VLMambaConfig
 from vlmamba.models.mamba import VLMambaForCausalLM
 from vlmamba.models.vision import build_vision_tower
 from vlmamba.models.vlm import VLMambaForConditionalGeneration
-from vlmamba.models.weights import language_config, read_config
+from vlmamba.models.weights import fetch_whole, is_hub_id, language_config, read_config
 from vlmamba.training.build import NANO, STAGE, Model, fresh_language_config, fresh_vision_config, read_tokenizer
 from vlmamba.training.config import ConfigError, ModelConfig, RunConfig
 from vlmamba.training.contrastive import ContrastivePairs
@@ -95,11 +95,10 @@ def _stage(source: Any, earlier: Mapping[str, RunConfig]) -> RunConfig | None:
 
 
 def _read_whole(source: str) -> VLMambaConfig:
-    folder = Path(vlmamba.nano() if source == NANO else source)
+    here = Path(source).is_dir() or not is_hub_id(source)  # from the Hub: the configuration, not the weights
     try:
-        if folder.is_dir() and read_config(folder).get("model_type") != VLMambaConfig.model_type:
-            raise ValueError("its config.json is of another kind")
-        found = VLMambaConfig.from_pretrained(folder if folder.is_dir() else source)
+        folder = vlmamba.nano() if source == NANO else fetch_whole(source) if here else source
+        found = VLMambaConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model.path: {source} holds no VL-Mamba ({' '.join(str(error).split())[:200]})") from None
     assert isinstance(found, VLMambaConfig)
