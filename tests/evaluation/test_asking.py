@@ -245,6 +245,11 @@ def test_table_and_page(tmp_path: Path) -> None:
     assert html.count("<section>") == 2
     assert "data:image/jpeg;base64," in html
     assert "McNemar" in html
+    two = json.loads((tmp_path / "two/mme/result.json").read_text())["headline"]
+    one = results[0]["headline"]
+    assert f'<td class="n"><b>{one:.1f}</b></td><td class="n">{two:.1f} ({one - two:+.1f})</td>' in html
+    with pytest.raises(ValueError, match="sample is -3"):
+        report(tmp_path / "one", tmp_path / "page.html", sample=-3)
     assert "rule version current" in html
     assert "(standard error, pictures drawn at random)" in html
     assert "http://" not in html.replace("http://www.w3.org", "")

@@ -79,6 +79,9 @@ def evaluate(
     )
     if results:
         Console().print(table(results, called))
+        for result in results:
+            for note in result["notes"]:
+                print(f"{result['title']}: {note}")
         print(f"answers and results: {place}")
     return 0
 

@@ -85,7 +85,8 @@ def _items(content: bytes, file: Path) -> Iterator[tuple[int, int]]:
 
     place = skip(len(_BOM) if content.startswith(_BOM) else 0)
     if text[place : place + 1] != "[":
-        raise ValueError(f"{file}: begins with {text[place : place + 20]!r}; expected a list of samples (`[`)")
+        begin = text[place : place + 20]
+        raise ValueError(f"{file}: begins with {begin!r}; expected a list of samples (`[`); JSON lines go in *.jsonl")
     place, count = skip(place + 1), 0
     while text[place : place + 1] != "]":
         try:

@@ -69,7 +69,7 @@ for (const box of document.querySelectorAll('.browser')) {
 
 
 def render(name: str, sections: Sequence[Section], other: str | None) -> str:
-    body = [_head(name, sections, other), _overview(sections)]
+    body = [_head(name, sections, other), _overview(sections, other)]
     body += [_section(section, name, other) for section in sections]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -92,24 +92,32 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
 
 
-def _overview(sections: Sequence[Section]) -> str:
+def _overview(sections: Sequence[Section], other: str | None) -> str:
     rows, published = [], any(section.result["paper"] is not None for section in sections)
     for section in sections:
         r, s = section.result, section.share
         right = f"{s.mean:.1f} % [{s.low:.1f}, {s.high:.1f}]" if s else "–"
         paper = f'<td class="n">{_number(r["paper"])}</td>' if published else ""
+        beside = f'<td class="n">{_beside(section)}</td>' if other else ""
         rows.append(
             f'<tr><td><a href="#{r["task"]}">{escape(r["title"])}</a></td><td>{escape(r["metric"])}</td>'
-            f'<td class="n"><b>{_number(r["headline"])}</b></td>{paper}'
+            f'<td class="n"><b>{_number(r["headline"])}</b></td>{beside}{paper}'
             f'<td class="n">{right}</td><td class="n">{r["coverage"]["answered"]:,}</td></tr>'
         )
     return (
         '<table><thead><tr><th>benchmark</th><th>metric</th><th class="n">score</th>'
+        + (f'<th class="n">{escape(other)} (difference)</th>' if other else "")
         + ('<th class="n">VL-Mamba 2.8b</th>' if published else "")
         + '<th class="n">right, 95 % interval</th><th class="n">answers</th></tr></thead><tbody>'
         + "".join(rows)
         + "</tbody></table>"
     )
+
+
+def _beside(section: Section) -> str:
+    """The other run's score, and by how much this one is above it."""
+    mine, theirs = section.result["headline"], section.beside
+    return _number(theirs) + ("" if mine is None or theirs is None else f" ({mine - theirs:+.1f})")
 
 
 def _section(section: Section, name: str, other: str | None) -> str:

@@ -6,7 +6,7 @@ import base64
 import io
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Section:
-    """One benchmark on the page."""
+    """One benchmark on the page. beside: the other run's score, if it has one."""
 
     result: Mapping[str, Any]
     share: Share | None
@@ -59,6 +59,7 @@ class Section:
     cards: Sequence[Card]
     comparison: McNemar | None = None
     differences: Sequence[Card] = field(default_factory=tuple)
+    beside: float | None = None
 
 
 def report(run: Path, out: Path, *, compare: Path | None = None, sample: int = 24) -> Path:
@@ -67,6 +68,8 @@ def report(run: Path, out: Path, *, compare: Path | None = None, sample: int = 2
     run, compare: a result file, or a folder with one or with one per task. sample: at most so many right, and so many
     wrong, answers of each benchmark are shown, drawn at random, always the same. Pictures come from
     the data folder that the result names; where it is gone the page does without."""
+    if sample < 0:
+        raise ValueError(f"sample is {sample}; expected how many answers are shown, 0 or more")
     found = {r["task"]: r for r in _results(Path(run))}
     others = {r["task"]: r for r in _results(Path(compare))} if compare is not None else {}
     if compare is not None and not set(found) & set(others):
@@ -107,7 +110,9 @@ def _section(result: Mapping[str, Any], other: Mapping[str, Any] | None, sample:
         sorted((share(name, scores) for name, scores in skills.items()), key=lambda s: -s.count),
         [_card(row, pictures) for row in chosen],
     )
-    return section if other is None else _compared(section, rows, other, pictures, sample)
+    if other is None:
+        return section
+    return _compared(replace(section, beside=other["headline"]), rows, other, pictures, sample)
 
 
 def _compared(
@@ -122,7 +127,7 @@ def _compared(
     test = mcnemar([a["score"] for a, _ in pairs], [b["score"] for _, b in pairs])
     apart = [(a, b) for a, b in pairs if (a["score"] >= 0.5) != (b["score"] >= 0.5)]
     cards = [_card(a, pictures, (b["text"] or "", b["score"])) for a, b in apart[: 2 * sample]]
-    return Section(section.result, section.share, section.skills, section.cards, test, cards)
+    return replace(section, comparison=test, differences=cards)
 
 
 def _sample(rows: Sequence[Any], sample: int, generator: random.Random) -> list[Any]:
