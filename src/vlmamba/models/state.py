@@ -81,14 +81,6 @@ class MambaState:
         """A new state of the chosen slots, in the order of `slots` (any length, repeats allowed)."""
         return self._map(lambda t: t.index_select(0, slots.to(t.device)))
 
-    def scatter(self, slots: Tensor, source: MambaState) -> None:
-        """Writes slot i of `source` into slot `slots[i]` of this state."""
-        for mine, theirs in ((self.conv, source.conv), (self.ssm, source.ssm)):
-            for layer, (target, new) in enumerate(zip(mine, theirs, strict=True)):
-                if target is None or new is None:
-                    raise ValueError(f"layer {layer}: scatter needs memory on both sides; make the pool with zeros()")
-                target.index_copy_(0, slots.to(target.device), new.to(target.dtype))
-
     def clone(self) -> MambaState:
         return self._map(Tensor.clone)
 
