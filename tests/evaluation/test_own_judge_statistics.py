@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from official import WRITERS, golden, llava_answers, put_json, put_lines
 
+from vlmamba.cli import main
 from vlmamba.evaluation import Judge, Options, OwnData, score
 from vlmamba.evaluation.own import METRICS
 from vlmamba.evaluation.statistics import bootstrap, interval, mcnemar, wilson
@@ -227,3 +228,11 @@ def test_mcnemar() -> None:
     assert mcnemar([1.0] * 2000, [0.0] * 2000).p < 1e-300
     with pytest.raises(ValueError, match="same questions"):
         mcnemar([1], [1, 0])
+
+
+def test_pictures_are_missed_before_a_model_is_loaded(tmp_path: Path, capsys) -> None:
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a dog"}]
+    put_json(tmp_path / "own.json", [{"id": 7, "image": "7.png", "conversations": turns}])
+    assert main(["eval", "nowhere", "--own", str(tmp_path / "own.json"), "--images", str(tmp_path / "away")]) == 2
+    said = capsys.readouterr().err
+    assert f"sample '7' has no picture at {tmp_path / 'away/7.png'}; --images names" in said

@@ -45,6 +45,8 @@ def evaluate(
         raise ValueError("--own FILE is a task by itself; leave out --tasks")
     if not own and not data:
         raise ValueError("--data FOLDER is needed, the folder of the benchmarks (vlmamba eval --check FOLDER looks)")
+    if own:
+        chosen[0].require_pictures(Path(own))
 
     from vlmamba.commands.load import find_model, load, name_of
 

@@ -120,6 +120,15 @@ class OwnData(Task):
         if not folder.is_file():
             raise ValueError(f"own data is a JSON file in LLaVA's layout: there is no file {folder}")
 
+    def require_pictures(self, folder: Path) -> None:
+        """ValueError if one is not there: to be said before a model is loaded."""
+        for example in self.examples(folder, ""):
+            if isinstance(example.image, Path) and not example.image.is_file():
+                raise ValueError(
+                    f"{folder}: sample {example.id!r} has no picture at {example.image}; --images names the folder "
+                    "where they are, the file's own if it is not given"
+                )
+
     def examples(self, folder: Path, variant: str) -> list[Example]:
         self.require_folder(folder)
         records = load_json_lines(folder) if folder.suffix == ".jsonl" else load_json(folder)
