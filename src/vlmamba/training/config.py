@@ -1,4 +1,4 @@
-"""The run configuration: frozen dataclasses, read from YAML with dotted overrides, checked by jsonargparse and rules.py.
+"""The run configuration: frozen dataclasses, read from YAML with dotted overrides; rules.py says what they may not say.
 
 Nothing here imports torch, so that a wrong recipe is refused at once.
 """
