@@ -192,3 +192,9 @@ def test_parquet(tmp_path: Path) -> None:
     report = check(str(tmp_path), None)
     assert report.samples == 3
     assert set(report.unusable) == {1, 2}
+
+
+def test_a_file_without_samples_is_not_fine(tmp_path: Path) -> None:
+    (tmp_path / "none.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"none\.json: holds no samples"):
+        check(str(tmp_path / "none.json"), None)

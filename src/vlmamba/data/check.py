@@ -109,6 +109,8 @@ def check(file: str, images: str | None, workers: int = 0, decode: bool = False)
             _check_pictures(folder, users, report, workers, decode)
             _count_surplus(folder, users, report)
             report.milliseconds = _pace([folder / path for path in users])
+    if not report.samples:
+        raise ValueError(f"{file}: holds no samples")
     report.seconds = time.perf_counter() - started
     return report
 
